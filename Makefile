@@ -1,0 +1,64 @@
+PYTHON  ?= python3
+PIP     := -m pip install -qq --disable-pip-version-check
+TRITON  := 3.9.0
+TARGETS := sm_80,sm_90
+TYPED   := $(sort $(dir $(wildcard tests/*.py benchmarks/*.py examples/*.py)))
+PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 -q
+
+NEW := .venv/.installed
+OLD := .venv-triton36/.installed
+
+# Only the tests interpret kernels; the compile gate must not.
+unexport TRITON_INTERPRET PYTHONPATH
+
+.PHONY: report test test-all lint types compile bench docs clean
+
+report: $(NEW)
+	.venv/bin/triton-attn report
+
+test: $(NEW)
+	$(PYTEST) -m "not slow" tests
+
+test-all: $(NEW)
+	$(PYTEST) tests
+
+lint: $(NEW)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: $(NEW)
+	.venv/bin/mypy -p triton_attn
+	.venv/bin/mypy $(TYPED)
+
+# Two compilers: the newest, and the one that many GPU machines still have.
+compile: $(NEW) $(OLD)
+	.venv/bin/triton-attn compile --target $(TARGETS) --tables
+	.venv-triton36/bin/triton-attn compile --target $(TARGETS) --tables
+
+bench: $(NEW)
+	.venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+docs: $(NEW)
+	.venv/bin/python docs/build.py
+
+clean:
+	rm -rf .venv .venv-triton36 build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch by itself first: pip takes the build that the machine offers. A CUDA build requires one exact triton, a CPU build none.
+$(NEW): pyproject.toml constraints.txt
+	@echo "installing into .venv (once, some minutes)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python $(PIP) -c constraints.txt torch
+	@.venv/bin/python -c "from importlib.metadata import requires; \
+	  print('' if any(name.startswith('triton') for name in requires('torch')) else 'triton==$(TRITON)')" > .venv/triton.txt
+	@.venv/bin/python $(PIP) -c constraints.txt -c .venv/triton.txt -e '.[test]'
+	@touch $@
+
+$(OLD): pyproject.toml constraints.txt
+	@echo "installing into .venv-triton36 (once, some minutes)"
+	@$(PYTHON) -m venv .venv-triton36
+	@grep -v '^numpy==' constraints.txt > .venv-triton36/constraints.txt
+	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt torch
+	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt triton==3.6.0 'numpy<2.4' -e '.[cli,testing]'
+	@touch $@

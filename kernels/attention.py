@@ -1,0 +1,167 @@
+"""Dense, causal and cross attention: the softmax loop over one interval of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_attn.kernels import _softmax_launch as softmax
+from triton_attn.kernels._softmax_tiles import DESCRIPTOR_SPACES, SPACES
+from triton_attn.tiles import Key
+
+
+
+@triton.jit
+def consecutive(tile, length, numbers, BLOCK: tl.constexpr):
+    """Rows tile * BLOCK, tile * BLOCK + 1, ..."""
+    return tile * BLOCK, 1, length - tile * BLOCK
+
+
+@triton.jit
+def full_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """Full tiles of keys, then the ragged rest."""
+    whole = len_n // BLOCK * BLOCK
+    if i == 0:
+        return 0, 1, whole
+    else:
+        return whole, 1, len_n - whole
+
+
+@triton.jit
+def one_run(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """All keys as one run: the form that warp specialisation accepts."""
+    return 0, 1, len_n
+
+
+@triton.jit
+def all_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """All queries as one run."""
+    return 0, 1, len_m
+
+
+@triton.jit
+def causal_keep(m, n, numbers):
+    """numbers[0] = how far the diagonal is shifted: 0 from the top left, Nk - Nq from the bottom right."""
+    return n <= m + numbers[0]
+
+
+@triton.jit
+def causal_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """Full tiles that every row sees, then the tiles on the diagonal."""
+    everyone = tl.minimum(tl.maximum(first + numbers[0] + 1, 0), len_n) // BLOCK * BLOCK
+    anyone = tl.minimum(tl.maximum(last + numbers[0] + 1, 0), len_n)
+    if i == 0:
+        return 0, 1, everyone
+    else:
+        return everyone, 1, anyone - everyone
+
+
+@triton.jit
+def causal_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """Tiles of queries on the diagonal, then those that see every key."""
+    anyone = tl.minimum(tl.maximum(first - numbers[0], 0), len_m)
+    everyone = tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)
+    everyone = tl.minimum(anyone + tl.cdiv(everyone - anyone, BLOCK) * BLOCK, len_m)
+    if i == 0:
+        return anyone, 1, everyone - anyone
+    else:
+        return everyone, 1, len_m - everyone
+
+
+POINTERS, DESCRIPTORS = "attention/pointers", "attention/descriptors"
+FULL = softmax.Pattern(consecutive, full_runs, (False, True), consecutive, all_visits, (False,))
+CAUSAL = softmax.Pattern(consecutive, causal_runs, (False, True), consecutive, causal_visits, (True, False), causal_keep)
+
+
+def pattern(query: Tensor, key: Tensor, causal: bool | str) -> softmax.Pattern:
+    """The pattern of a call."""
+    if not causal:
+        return FULL
+    return replace(CAUSAL, numbers=(key.shape[2] - query.shape[2] if causal == "bottom_right" else 0,))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+    tile: softmax.Tiles = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Forward by pointers and asynchronous copies: sm_80 and up."""
+    extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
+    out, lse = softmax.forward(pattern(query, key, causal), SPACES, POINTERS, query, key, value, extras, tile, descriptors=False)
+    return (out, lse) if return_lse else out
+
+
+def attention_by_descriptors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+    tile: softmax.Tiles = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Forward by tensor descriptors (bulk copies): sm_90, rows of 16 aligned bytes, no mask and no padding."""
+    extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
+    walk = pattern(query, key, causal)
+    chosen = softmax._chosen(tile, softmax.FORWARD, DESCRIPTOR_SPACES, DESCRIPTORS, query, value, extras)
+    if chosen.warp_specialize:
+        # the compiler specialises a single loop only
+        walk = replace(walk, runs=one_run, edges=(True,)) if not causal else walk
+        chosen = chosen if not causal else replace(chosen, warp_specialize=False)
+    out, lse = softmax.forward(walk, DESCRIPTOR_SPACES, DESCRIPTORS, query, key, value, extras, chosen, descriptors=True)
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    tile: softmax.Tiles = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV) from the saved out and lse."""
+    extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
+    grads = (grad_out, grad_lse)
+    return softmax.backward(pattern(query, key, causal), SPACES, POINTERS, grads, query, key, value, out, lse, extras, needs, tile)
+
+
+def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
+    """What the tiles of a call depend on."""
+    extras = _extras(tensors["query"], tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None)
+    return softmax.key(tensors["query"], tensors["value"], extras)
+
+
+def _extras(
+    query: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, scale: float | None, dropout_p: float, seed: Tensor | None
+) -> softmax.Extras:
+    return softmax.Extras(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)

@@ -1,0 +1,138 @@
+"""Hugging Face transformers: any model that goes through its attention interface runs on `triton_attn.attention`.
+
+    import triton_attn.integrations.transformers
+    from transformers import AutoModel
+
+    triton_attn.integrations.transformers.register()
+    model = AutoModel.from_pretrained(folder, attn_implementation="triton_attn")  # or model.set_attn_implementation("triton_attn")
+
+The model computes what it computes with `attn_implementation="sdpa"`:
+
+- A mask decides alone. Without one a call is causal if the keyword `is_causal`, else `module.is_causal`, else True says so, and
+  there is more than one query. Keys beyond the queries are then the empty end of a static cache, and are left out.
+- Padding, packed sequences and sliding windows arrive in the mask, which is why the mask function is registered too. A sliding
+  window that no mask carries and that would hide a key raises, and so do several packed sequences without a mask.
+- Honoured, where sdpa refuses or ignores them: attention sinks (`s_aux`), exactly, through the log-sum-exp.
+- Every other keyword that is neither None nor False nor known to be plumbing raises `Unsupported` with its name: `softcap`,
+  `sinks`, `indices`, `output_attentions=True`, a paged `cache`, and whatever a later transformers adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+from triton_attn import Unsupported, attention
+
+NAME = "triton_attn"
+
+# what transformers 5.23 lets fall through to the attention call and sdpa rightly ignores: said to other layers, to the mask, to
+# the loss, or to flash kernels that take the lengths instead of a mask
+# fmt: off
+PLUMBING = frozenset({
+    "attention_mask", "cache_params", "cu_seq_lens_k", "cu_seq_lens_q", "decoder_attention_mask", "decoder_input_ids",
+    "decoder_inputs_embeds", "decoder_position_ids", "deterministic", "encoder_outputs", "grid_thw", "input_ids", "inputs_embeds",
+    "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values",
+    "position_embeddings", "position_ids", "return_dict", "seq_idx", "use_cache",
+})
+# fmt: on
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls: (b h m d), (b g n d), (b g n e) -> (b m h e), contiguous."""
+    _refuse_unknown(module, others)
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        _refuse_what_only_a_mask_could_say(module, query, key, sliding_window, others.get("cu_seq_lens_q"))
+        causal = bool(queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal))
+    else:
+        causal = False
+    if causal and keys > queries:
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        position_bias = position_bias if position_bias is None else position_bias[..., :queries]
+    if 1 in (query.shape[0], key.shape[0]):  # learned queries come with batch 1
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
+
+    mask, ignored = _biased(attention_mask, position_bias), None
+    if mask is not None and _same_for_every_query(mask, key):
+        ignored = ~mask[:, 0, 0].expand(query.shape[0], -1)
+        mask = None
+    options: dict[str, Any] = {
+        "mask": mask,
+        "key_padding_mask": ignored,
+        "causal": "top_left" if causal else False,
+        "scale": scaling,
+        "dropout_p": dropout,
+    }
+    if s_aux is None:
+        out = attention(query, key, value, **options)
+    else:
+        out, lse = attention(query, key, value, return_lse=True, **options)
+        # a sink is one more key with a value of zero
+        out = out * torch.sigmoid(lse - s_aux.reshape(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask_function(*args: Any, **options: Any) -> torch.Tensor | None:
+    """`sdpa_mask`, with padding that is the same for every query kept as one row."""
+    # with sdpa, and only under that name, Gemma 4 gives up dropping queries behind the mask's back
+    if getattr(options.get("config"), "model_type", "").startswith("gemma4"):
+        options["allow_is_causal_skip"] = False
+    queries: Any = options.get("q_length")
+    one_row = queries is not None and options.get("mask_function") is bidirectional_mask_function
+    mask: torch.Tensor | None = sdpa_mask(*args, **(options | {"q_length": 1} if one_row else options))
+    return mask.expand(-1, -1, queries, -1) if one_row and mask is not None else mask
+
+
+def register() -> None:
+    """Make `attn_implementation="triton_attn"` known to transformers; a second call changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    # without it transformers hands over no mask at all, and padded batches are silently wrong
+    AttentionMaskInterface.register(NAME, mask_function)
+
+
+def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:
+    for name, given in others.items():
+        if given is not None and given is not False and name not in PLUMBING:
+            what = f"a {type(given).__name__}" if isinstance(given, torch.Tensor) else repr(given)
+            raise Unsupported(
+                f"{type(module).__name__} asks attention for {name} ({what}), which triton_attn would have to ignore; "
+                'give this model attn_implementation="eager" or "sdpa"'
+            )
+
+
+def _refuse_what_only_a_mask_could_say(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, window: int | None, lengths: torch.Tensor | None
+) -> None:
+    if window is not None and key.shape[2] > window:
+        raise Unsupported(f"{type(module).__name__} asks for sliding_window={window} over {key.shape[2]} keys, but gives no attention_mask")
+    if lengths is not None and lengths.numel() - 1 > query.shape[0]:
+        raise Unsupported(f"{type(module).__name__} packs {lengths.numel() - 1} sequences (cu_seq_lens_q), but gives no attention_mask")
+
+
+def _biased(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+def _same_for_every_query(mask: torch.Tensor, key: torch.Tensor) -> bool:
+    fits = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[3] == key.shape[2]
+    return fits and mask.shape[2] > 1 and mask.stride(2) == 0

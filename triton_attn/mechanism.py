@@ -1,0 +1,125 @@
+"""The catalogue's vocabulary: what a mechanism is, takes, gives and costs. A leaf: no torch, no triton.
+
+Axes have one letter each, everywhere in the package: `b` batch, `h` heads, `g` key and value heads, `m` queries, `n` keys,
+`d` query and key width, `e` value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+Sizes = Mapping[str, int]
+Options = Mapping[str, Any]
+Tensors = Mapping[str, Any]  # name -> torch.Tensor or None; `Any`, because this file knows no torch
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor argument: its axes, and what its values are."""
+
+    axes: str
+    kind: Literal["values", "mask", "padding", "seed"] = "values"
+    differentiable: bool = False
+
+    @property
+    def required(self) -> bool:
+        return self.kind == "values"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A returned tensor: its axes, and its dtype where that is not the inputs'."""
+
+    axes: str
+    dtype: Literal["like inputs", "float32"] = "like inputs"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes by axis letter, options by argument name. A mask or padding is named by how to draw it."""
+
+    name: str
+    sizes: Sizes
+    options: Options = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward call must do at the least, whoever does it."""
+
+    flops: float  # matrix products only; a multiply-add is two
+    bytes: float  # each input read once, each output written once
+    exponentials: float = 0.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One Triton launch of a kernel, as the tile tables and the compile gate name it."""
+
+    name: str
+    gradients: tuple[str, ...] = ()  # of which inputs it computes them; none: the forward launch
+
+
+@dataclass(frozen=True)
+class Code:
+    """What importing a kernel gives: its two functions, the tiles of each launch, and what a call's tiles depend on."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    spaces: Mapping[str, Any]  # launch name -> tiles.Space
+    key: Callable[[Tensors, Options], Any]  # -> tiles.Key
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One Triton implementation of a mechanism.
+
+    `load` imports it, and triton no earlier. `refuses` lists why it cannot serve these tensors, beyond what the row says.
+    Capabilities are those whose code was compiled and checked.
+    """
+
+    name: str
+    capabilities: tuple[tuple[int, int], ...]
+    load: Callable[[], Code]
+    launches: tuple[Launch, ...]
+    refuses: Callable[[Tensors, Options], list[str]] = lambda tensors, options: []
+
+
+class Law(Enum):
+    """A property that holds whatever the numbers are; `testing.laws` checks each on every row that names it."""
+
+    ROWS_SUM_TO_ONE = "values of one give an output of one"
+    FUTURE_CHANGES_NOTHING = "keys after a query change neither its output nor get a gradient from it"
+    PADDING_CHANGES_NOTHING = "appended keys that are masked change no bit"
+    KEY_ORDER_CHANGES_NOTHING = "permuting keys and values together changes nothing"
+    BATCH_CHANGES_NOTHING = "an item alone gives the bits it gives in a batch"
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A row of the catalogue. Tests, benchmarks, command line, report and docs all read it."""
+
+    name: str
+    summary: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    portable: Callable[..., Any]
+    bound: Callable[..., Any]
+    kernels: tuple[Kernel, ...]  # newest capability first
+    inputs: Mapping[str, Input]
+    options: Mapping[str, str]  # operator schema type by argument name
+    outputs: Mapping[str, Output]
+    more: str  # the argument that asks for the outputs after the first
+    work: Callable[[Sizes, Options, int], Work]  # sizes, options, bytes per element
+    cases: tuple[Case, ...]  # small, every option: what verify runs
+    probes: Callable[[int, bool], tuple[Case, ...]]  # padded width, plain: the calls that need most registers, for the compiler
+    workloads: Mapping[str, tuple[Case, ...]]  # by device type: what bench runs
+    peers: Mapping[str, Callable[..., Any]]
+    laws: tuple[Law, ...] = ()
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(name for name, given in self.inputs.items() if given.differentiable)

@@ -1,0 +1,231 @@
+"""Tiles: what a kernel may be launched with, and which tile a call gets. Nothing is timed here.
+
+A call takes its tile from the first of: explicit argument, user table, table of this very device, table of its capability,
+the kernel's `first`. Tables are JSON, hold winners only, and are checked when read: a damaged one raises `TableError`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from triton_attn import device
+
+SCHEMA = 1
+LARGEST_TABLE = 1 << 20
+SHIPPED = Path(__file__).parent / "tables"
+
+
+class TableError(ValueError):
+    """A tile table that cannot be trusted: the message names file, entry and reason."""
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """`block_m` queries by `block_n` keys, and how the compiler schedules them."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    warp_specialize: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{' ws' if self.warp_specialize else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """The inverse of str; ValueError on anything else, powers of two and ranges included."""
+        found = re.fullmatch(r"(\d{1,3})x(\d{1,3}) w(\d) s(\d)( ws)?", text)
+        if found is None:
+            raise ValueError(f"tile is {text!r}; allowed: like '128x64 w4 s3'")
+        m, n, warps, stages = (int(found[i]) for i in range(1, 5))
+        if {m, n} - {16, 32, 64, 128, 256} or warps not in (1, 2, 4, 8) or not 1 <= stages <= 5:
+            raise ValueError(f"tile is {text!r}; allowed: blocks 16 to 256 by powers of two, 1, 2, 4 or 8 warps, 1 to 5 stages")
+        return cls(m, n, warps, stages, bool(found[5]))
+
+
+INTERPRETED = Tile(16, 16, 4, 1)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a tile depends on: how operands are held, the padded width, and whether a mask, padding or dropout rides along."""
+
+    operands: str  # "16bit", "float32" or "tf32"
+    width: int
+    plain: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.operands} d{self.width}{'' if self.plain else ' masked'}"
+
+
+OPERANDS = ("16bit", "float32", "tf32")
+WIDTHS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The tiles of one launch: per capability those worth trying, best guess first, and one that fits every supported GPU."""
+
+    candidates: Mapping[tuple[int, int], Callable[[Key], Sequence[Tile]]]
+    first: Callable[[Key], Tile]
+    modules: tuple[ModuleType, ...]
+
+    def of(self, capability: tuple[int, int], key: Key) -> Sequence[Tile]:
+        """Candidates for a capability: its own, or those of the nearest older one, as sm_86 takes sm_80's."""
+        older = max((known for known in self.candidates if known <= capability), default=None)
+        return self.candidates[older](key) if older else (self.first(key),)
+
+
+def ranges(block_m: Sequence[int], block_n: Sequence[int], warps: Sequence[int], stages: Sequence[int]) -> Iterator[Tile]:
+    """Every tile of a product of ranges, in the order given."""
+    for m, n, w, s in product(block_m, block_n, warps, stages):
+        yield Tile(m, n, w, s)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes of a multiprocessor, as the assembler reports it."""
+
+    registers: int
+    spilled: int  # bytes of stack
+    shared: int  # bytes per block
+    warps: int
+    tensor_core: int  # wgmma or mma instructions
+    asynchronous: int  # cp.async or bulk copies
+    specialised: bool = False  # setmaxnreg present
+
+
+def illegal(usage: Usage, limits: device.Limits) -> str:
+    """Why a compiled tile may not be used on such a GPU; empty if it may. Tuner, tables and tests share this one rule."""
+    if usage.shared > limits.shared_per_block:
+        return f"needs {usage.shared} bytes of shared memory, a block has {limits.shared_per_block}"
+    if usage.spilled:
+        return f"spills {usage.spilled} bytes"
+    return ""
+
+
+def blocks_per_multiprocessor(usage: Usage, limits: device.Limits) -> int:
+    """How many blocks are resident at once: the least of what registers, threads and shared memory allow."""
+    per_warp = -(-usage.registers * 32 // 256) * 256
+    by_registers = limits.registers // max(per_warp, 256) // usage.warps
+    by_shared = limits.shared_per_multiprocessor // (usage.shared + 1024)
+    return min(by_registers, by_shared, limits.threads // (32 * usage.warps), limits.blocks)
+
+
+def source_hash(modules: Sequence[ModuleType]) -> str:
+    """Of the syntax trees without docstrings: a changed comment voids no table, a changed kernel does."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for module in modules:
+        assert module.__file__ is not None
+        tree = ast.parse(Path(module.__file__).read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                body[0].value.value = None
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tile and where it came from; `stale` if its kernel has changed since."""
+
+    tile: Tile
+    source: str
+    stale: bool = False
+
+
+def find(launch: str, space: Space, key: Key, tensor: Any) -> Tile:
+    """The tile for a launch ("attention/pointers/forward") on a tensor's device."""
+    if device.interpreting() and not tensor.is_cuda:
+        return INTERPRETED
+    if not tensor.is_cuda:
+        return space.first(key)
+    return look_up(launch, space, key, device.profile(tensor.device.index)).tile
+
+
+@functools.cache
+def _look_up(launch: str, key: Key, profile: device.Profile) -> tuple[Tile, str, str] | None:
+    user = device.user_tables()
+    architecture = device.architecture(profile.capability)
+    folders = [(user, "user table")] if user else []
+    for folder, origin in [*folders, (SHIPPED, "shipped table")]:
+        for stem in (slug(profile.name), architecture):
+            path = folder / f"{stem}.json"
+            if not path.is_file():
+                continue
+            entry = read(path).get(launch)
+            if entry and str(key) in entry["tiles"]:
+                return entry["tiles"][str(key)], f"{origin} {path.name} ({entry['evidence']})", entry["hash"]
+    return None
+
+
+def look_up(launch: str, space: Space, key: Key, profile: device.Profile) -> Found:
+    """Tile, source and staleness for a device, which need not be here."""
+    known = _look_up(launch, key, profile)
+    if known is None:
+        return Found(space.first(key), "first of its tile space")
+    tile, source, remembered = known
+    return Found(tile, source, remembered != source_hash(space.modules))
+
+
+def slug(name: str) -> str:
+    """A device name as a file stem: "NVIDIA H200" -> "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@functools.cache
+def read(path: Path) -> dict[str, Any]:
+    """The launches of a table, every entry checked; TableError otherwise."""
+    if path.stat().st_size > LARGEST_TABLE:
+        raise TableError(f"{path}: larger than {LARGEST_TABLE} bytes")
+    try:
+        table = json.loads(path.read_text(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path}: {error}") from error
+    if not isinstance(table, dict) or table.get("schema") != SCHEMA or not isinstance(table.get("launches"), dict):
+        raise TableError(f"{path}: not a tile table of schema {SCHEMA}")
+    launches: dict[str, Any] = {}
+    for launch, entry in table["launches"].items():
+        try:
+            tiles = {str(key): Tile.parse(text) for key, text in entry["tiles"].items()}
+            launches[launch] = {"hash": str(entry["hash"]), "evidence": str(entry["evidence"]), "tiles": tiles}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TableError(f"{path}: {launch}: {error}") from error
+    return launches
+
+
+def write(path: Path, launches: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any]) -> None:
+    """Write a table so that a reader never sees half of one."""
+    tidy = {
+        launch: {**entry, "tiles": {key: str(tile) for key, tile in entry["tiles"].items()}} for launch, entry in sorted(launches.items())
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"schema": SCHEMA, "made": made, "launches": tidy}, indent=1) + "\n")
+    partial.replace(path)
+    read.cache_clear()
+    _look_up.cache_clear()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"a key stands twice among {sorted(keys)}")
+    return dict(pairs)
