@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each (default 20)")
     args = parser.parse_args(argv)
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
     triton_attn.integrations.transformers.register()
     dtype = DTYPES[args.dtype]
     encoders = {name: Encoder(name, args.device, dtype) for name in ("sdpa", "triton_attn")}
@@ -108,10 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     taken = ", ".join(f"{name} {ms:.1f} ms" for name, ms in milliseconds.items())
     print(f"{len(SENTENCES)} sentences, {args.dtype}, {where}, torch {torch.__version__}: {taken} (median of {args.repeats}, taking turns)")
 
-    config = encoders["sdpa"].model.config
-    size = (len(SENTENCES), config.num_attention_heads, max(lengths), config.hidden_size // config.num_attention_heads)
-    q = torch.empty(size, dtype=dtype, device=args.device)
-    print(f"\n{triton_attn.explain(triton_attn.attention, q, q, q, key_padding_mask=tokens['attention_mask'] == 0)}")
+    print(f"\n{triton_attn.explain(encoders['triton_attn'], tokens)}")
     return 0 if equal else 1
 
 

@@ -31,7 +31,7 @@ def registered() -> None:
     register()
 
 
-def backend(dtype: torch.dtype) -> AbstractContextManager[Any]:
+def exactly(dtype: torch.dtype) -> AbstractContextManager[Any]:
     return triton_attn.use_backend("portable") if dtype is torch.float64 else nullcontext()
 
 
@@ -48,7 +48,7 @@ def model_of(name: str, config: Any, dtype: torch.dtype = torch.float32) -> Any:
 def outputs(model: Any, implementation: str, **inputs: Any) -> Tensor:
     model.set_attn_implementation(implementation)
     assert model.config._attn_implementation == implementation
-    with torch.no_grad(), backend(model.dtype) if implementation == NAME else nullcontext():
+    with torch.no_grad(), exactly(model.dtype) if implementation == NAME else nullcontext():
         first = model(**inputs)[0]
     assert isinstance(first, Tensor)
     return first
@@ -83,12 +83,15 @@ def test_the_minilm_example_runs_and_finds_every_pair(capsys: pytest.CaptureFixt
             assert f"{minilm.SENTENCES[a]:.44}  ->  {minilm.SENTENCES[b]:.44}" in printed
 
 
-def test_minilm_embeddings_are_those_of_sdpa() -> None:
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
+def test_minilm_embeddings_are_those_of_sdpa(backend: str) -> None:
     minilm = example()
     ours, theirs = (minilm.Encoder(name, DEVICE, torch.float32) for name in (NAME, "sdpa"))
     tokens = theirs.tokens(minilm.SENTENCES)
-    error = (ours(tokens) - theirs(tokens)).abs().max().item()
-    assert 0 < error <= 64 * torch.finfo(torch.float32).eps  # unit vectors; zero would mean that sdpa compared itself
+    with triton_attn.use_backend(backend):
+        assert triton_attn.explain(ours, tokens).mechanism == "attention"
+        error = (ours(tokens) - theirs(tokens)).abs().max().item()
+    assert error <= 64 * torch.finfo(torch.float32).eps  # unit vectors
 
 
 @DTYPES
@@ -264,6 +267,29 @@ def test_registering_twice_changes_nothing() -> None:
 def test_the_fifth_parameter_is_called_attention_mask() -> None:
     # some models pass it by its name
     assert list(inspect.signature(attention_forward).parameters)[4] == "attention_mask"
+
+
+def test_a_model_that_adds_its_mask_to_the_scores_gets_no_boolean_one() -> None:
+    # a boolean mask would shift the scores by one, and say nothing
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    model = model_of("GitForCausalLM", transformers.GitConfig(**SMALL, vision_config=vision))
+    inputs = padded("left")
+    real = inputs["attention_mask"].bool()
+    assert_equal(outputs(model, NAME, **inputs)[real], outputs(model, "eager", **inputs)[real])
+
+
+def test_a_model_that_would_never_call_raises() -> None:
+    config = transformers.FalconConfig(**SMALL, alibi=False, attn_implementation=NAME)
+    model = model_of("FalconForCausalLM", config)
+    with pytest.raises(triton_attn.Unsupported, match=r"falcon .* never call"), torch.no_grad():
+        model(**padded("left"))
 
 
 def test_gemma_4_always_gets_a_mask() -> None:

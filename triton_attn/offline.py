@@ -10,11 +10,18 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from triton_attn import device
+import torch
+
+from triton_attn import device, tiles
+from triton_attn.mechanism import Case, Kernel, Launch, Mechanism
+from triton_attn.testing import inputs
 from triton_attn.tiles import Usage
 
 
@@ -97,3 +104,123 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise CompileError(f"cuobjdump said {said!r}")
     return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch compiled with one tile for one target. `fault` says why the tile may not be used; empty if it may."""
+
+    mechanism: str
+    kernel: str
+    launch: str
+    target: str
+    key: str
+    tile: str
+    usage: Usage | None
+    blocks: int  # resident on one multiprocessor
+    seconds: float
+    fault: str = ""
+
+
+REPRESENTATIVE = (tiles.Key("16bit", 64), tiles.Key("16bit", 128))
+DTYPES = {"16bit": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+
+
+def keys() -> Iterator[tiles.Key]:
+    """Every key that a table holds."""
+    for operands, width, plain in product(tiles.OPERANDS, tiles.WIDTHS, (True, False)):
+        yield tiles.Key(operands, width, plain)
+
+
+def compile_rows(
+    rows: Sequence[Mechanism],
+    targets: Sequence[str],
+    *,
+    tables: bool = False,
+    every: bool = False,
+    seconds: float = float("inf"),
+    tick: Callable[[str], None] = lambda text: None,
+) -> Iterator[Compiled]:
+    """Compile launches for targets: representative keys with the tile a call would get, `tables` for every key, `every` for all
+    candidate tiles. Past `seconds` the rest waits."""
+    start = time.perf_counter()
+    for row, target in product(rows, targets):
+        for kernel, launch, space in _launches(row, device.capability(target)):
+            for key in keys() if tables or every else REPRESENTATIVE:
+                full = f"{row.name}/{kernel.name}/{launch.name}"
+                nominal = device.Profile(target, device.capability(target))
+                candidates = space.of(nominal.capability, key) if every else (tiles.look_up(full, space, key, nominal).tile,)
+                for tile in candidates:
+                    if time.perf_counter() - start > seconds:
+                        return
+                    tick(f"{full} {target} {key} {tile}")
+                    yield compile_tile(row, kernel, launch, key, tile, target)
+
+
+def _launches(row: Mechanism, capability: tuple[int, int]) -> Iterator[tuple[Kernel, Launch, tiles.Space]]:
+    for kernel in row.kernels:
+        if capability in kernel.capabilities:
+            spaces = kernel.load().spaces
+            for launch in kernel.launches:
+                yield kernel, launch, spaces[launch.name]
+
+
+def compile_tile(row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key, tile: tiles.Tile, target: str) -> Compiled:
+    """Compile one launch with one tile: the row's most demanding calls for this key, the worst of which counts."""
+    capability, start = device.capability(target), time.perf_counter()
+    limits = device.LIMITS[capability]
+    worst, fault = None, ""
+    try:
+        for case in row.probes(key.width, key.plain):
+            used = _probe(row, kernel, launch, key, tile, capability, case)
+            if used is None:
+                continue
+            fault = fault or tiles.illegal(used, limits)
+            if worst is None or (used.spilled, used.registers, used.shared) > (worst.spilled, worst.registers, worst.shared):
+                worst = used
+    except Exception as error:  # noqa: BLE001  the compiler's own errors have no common base
+        fault = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    blocks = tiles.blocks_per_multiprocessor(worst, limits) if worst else 0
+    spent = time.perf_counter() - start
+    return Compiled(row.name, kernel.name, launch.name, target, str(key), str(tile), worst, blocks, spent, fault)
+
+
+def _probe(
+    row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key, tile: tiles.Tile, capability: tuple[int, int], case: Case
+) -> Usage | None:
+    """Compile one call; None where the kernel refuses it."""
+    tensors, options = inputs.meta(row, case, DTYPES[key.operands])
+    if kernel.refuses(tensors, options):
+        return None
+    code = kernel.load()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if key.operands == "float32" else "high")
+    try:
+        with compiling_for(capability) as compiled:
+            if not launch.gradients:
+                code.forward(**tensors, **options, tile={launch.name: tile})
+            else:
+                made = {
+                    name: torch.empty(
+                        inputs.shape(given.axes, case.sizes),
+                        dtype=torch.float32 if given.dtype == "float32" else DTYPES[key.operands],
+                        device="meta",
+                    )
+                    for name, given in row.outputs.items()
+                }
+                first, *others = made.values()
+                needs = tuple(name in launch.gradients for name in row.differentiable)
+                # one gradient alone, so that its launch is the last one compiled
+                code.backward(first, *(None for _ in others), **tensors, **made, **options, needs=needs, tile={launch.name: tile})
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return usage(compiled[-1])
+
+
+def legal_tile(row: Mechanism, kernel: Kernel, launch: Launch, space: tiles.Space, key: tiles.Key, target: str) -> Compiled | None:
+    """The first candidate that compiles, fits and does not spill; None if there is none."""
+    for tile in space.of(device.capability(target), key):
+        result = compile_tile(row, kernel, launch, key, tile, target)
+        if result.usage is not None and not result.fault:
+            return result
+    return None

@@ -22,8 +22,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from triton_attn import Unsupported, attention
 
@@ -39,6 +41,9 @@ PLUMBING = frozenset({
     "position_embeddings", "position_ids", "return_dict", "seq_idx", "use_cache",
 })
 # fmt: on
+
+# these refuse sdpa for their sinks alone; others that do add their mask to the scores, and need it as a float
+SINKS = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
 
 
 def attention_forward(
@@ -90,14 +95,18 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def mask_function(*args: Any, **options: Any) -> torch.Tensor | None:
-    """`sdpa_mask`, with padding that is the same for every query kept as one row."""
+def mask_function(*args: Any, config: Any = None, **options: Any) -> torch.Tensor | None:
+    """`sdpa_mask`, with padding that is the same for every query kept as one row; float masks for models that know no other."""
+    kind = _mask_kind(getattr(config, "model_type", ""))
+    if kind == "none":
+        raise Unsupported(f"{config.model_type} models have attention of their own and would never call triton_attn")
     # with sdpa, and only under that name, Gemma 4 gives up dropping queries behind the mask's back
-    if getattr(options.get("config"), "model_type", "").startswith("gemma4"):
+    if kind == "always":
         options["allow_is_causal_skip"] = False
     queries: Any = options.get("q_length")
-    one_row = queries is not None and options.get("mask_function") is bidirectional_mask_function
-    mask: torch.Tensor | None = sdpa_mask(*args, **(options | {"q_length": 1} if one_row else options))
+    one_row = kind == "boolean" and queries is not None and options.get("mask_function") is bidirectional_mask_function
+    make = eager_mask if kind == "float" else sdpa_mask
+    mask: torch.Tensor | None = make(*args, **(options | {"q_length": 1} if one_row else options))
     return mask.expand(-1, -1, queries, -1) if one_row and mask is not None else mask
 
 
@@ -106,6 +115,19 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
     # without it transformers hands over no mask at all, and padded batches are silently wrong
     AttentionMaskInterface.register(NAME, mask_function)
+
+
+@torch.compiler.assume_constant_result
+def _mask_kind(model_type: str) -> str:
+    if model_type.startswith("gemma4"):
+        return "always"
+    names = MODEL_MAPPING_NAMES.get(model_type, "")
+    model = getattr(transformers, names if isinstance(names, str) else names[0], None)
+    if model is None:
+        return "boolean"
+    if not model._can_set_attn_implementation():
+        return "none"
+    return "boolean" if model._supports_sdpa or model_type in SINKS else "float"
 
 
 def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:

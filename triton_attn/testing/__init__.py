@@ -1,0 +1,1 @@
+"""Property-based correctness testing of kernels: inputs, tolerance policy, laws."""

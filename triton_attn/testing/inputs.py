@@ -1,0 +1,110 @@
+"""Tensors for a case of the catalogue: values of any spread and layout, masks, padding, seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_attn.mechanism import Case, Mechanism, Sizes
+
+CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET = "contiguous", "permuted", "sliced", "strided", "expanded", "offset"
+
+
+def shape(axes: str, sizes: Sizes) -> tuple[int, ...]:
+    """Sizes of a string of axis letters."""
+    return tuple(sizes[axis] for axis in axes.split())
+
+
+def draw(
+    row: Mechanism,
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    spread: float = 1.0,
+    layout: str = CONTIGUOUS,
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """(tensors by input name, options) for one call. Options that name a mask or padding say how to draw it."""
+    generator = torch.Generator().manual_seed(seed)
+    options = dict(case.options)
+    tensors: dict[str, Tensor | None] = {}
+    for name, given in row.inputs.items():
+        how = options.pop(name, None)
+        size = shape(given.axes, case.sizes)
+        if given.kind == "values":
+            tensors[name] = laid_out((torch.randn(size, generator=generator) * spread).to(dtype), layout).to(device)
+        elif given.kind == "seed":
+            dropped = options.get("dropout_p", 0.0) > 0
+            tensors[name] = torch.randint(2**62, (), generator=generator).to(device) if dropped else None
+        else:
+            tensors[name] = None if how is None else MASKS[how](size, generator).to(device)
+    return tensors, options
+
+
+def meta(row: Mechanism, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """The same without storage, for the compiler. Nothing is drawn, so sizes may be large."""
+    options = dict(case.options)
+    tensors: dict[str, Tensor | None] = {}
+    for name, given in row.inputs.items():
+        how = options.pop(name, None)
+        size = shape(given.axes, case.sizes)
+        if given.kind == "values":
+            tensors[name] = torch.empty(size, dtype=dtype, device="meta")
+        elif given.kind == "seed":
+            tensors[name] = torch.empty((), dtype=torch.int64, device="meta") if options.get("dropout_p", 0.0) > 0 else None
+        else:
+            boolean = torch.float32 if how == "additive" else torch.bool
+            tensors[name] = None if how is None else torch.empty(size, dtype=boolean, device="meta")
+    return tensors, options
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in another layout; what lies between them is NaN."""
+    if layout == CONTIGUOUS or tensor.ndim < 2:
+        return tensor
+    if layout == PERMUTED:  # batch, length, heads, width underneath
+        return tensor.transpose(1, -2).contiguous().transpose(1, -2)
+    if layout == EXPANDED:  # one item serves the batch
+        return tensor[:1].expand(tensor.shape)
+    if layout == OFFSET:  # not aligned to 16 bytes
+        flat = torch.full((tensor.numel() + 1,), math.nan, dtype=tensor.dtype)
+        flat[1:] = tensor.flatten()
+        return flat[1:].view(tensor.shape)
+    widened = {SLICED: (*tensor.shape[:-1], tensor.shape[-1] + 3), STRIDED: (*tensor.shape[:-1], 2 * tensor.shape[-1])}[layout]
+    storage = torch.full(widened, math.nan, dtype=tensor.dtype)
+    view = storage[..., 1 : 1 + tensor.shape[-1]] if layout == SLICED else storage[..., ::2]
+    return view.copy_(tensor)
+
+
+def _boolean(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    mask = torch.rand(size, generator=generator) < 0.7
+    if mask.numel():
+        mask[..., 0, :] = False  # a row that sees nothing
+    return mask
+
+
+def _additive(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator).masked_fill(~_boolean(size, generator), -math.inf)
+
+
+def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(size, generator=generator) < 0.4
+
+
+def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Sequences of 70 % of the length on average, padded at the end."""
+    lengths = (torch.rand(size[0], 1, generator=generator) * 0.6 + 0.4) * size[1]
+    return torch.arange(size[1]) >= lengths
+
+
+MASKS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "boolean": _boolean,
+    "additive": _additive,
+    "random": _random,
+    "suffix": _suffix,
+}

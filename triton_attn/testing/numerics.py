@@ -1,0 +1,92 @@
+"""The tolerance policy: when is a kernel right? The only file with a tolerance in it.
+
+Truth is the reference in float64, the yardstick the reference in the working dtype.
+
+- Tier 0, exact: shape, dtype and device as promised; infinities and NaN exactly where the truth has them.
+- Tier 1, componentwise: |error| <= K u S + eta for every element, u being the unit roundoff and S the same formula on magnitudes
+  (the mechanism's `bound`). It needs no assumption on the data, and catches index, mask and NaN faults.
+- Tier 2, statistical: the RMS error is at most twice the yardstick's, three times for gradients, on tensors of 1024 elements and
+  more. It catches lost precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SMALLEST = {torch.float64: 1e-300, torch.float32: 1e-36, torch.float16: 2.0**-24, torch.bfloat16: 1e-36}
+TF32_ROUNDOFF = 2.0**-10
+FACTOR, FACTOR_FP32_GRADIENT = 4.0, 8.0
+RMS_FACTOR, RMS_FACTOR_GRADIENT, RMS_SHARE = 2.0, 3.0, 0.5
+ENOUGH = 1024
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a tensor is from the truth, as shares of what is allowed: above 1 is wrong. `fault` says what, empty if right."""
+
+    name: str
+    ratio: float  # tier 1, worst element
+    rms: float  # tier 2, 0 where it does not apply
+    fault: str = ""
+
+    @property
+    def share(self) -> float:
+        return max(self.ratio, self.rms)
+
+
+def compare(
+    name: str,
+    found: Tensor,
+    truth: Tensor,
+    size: Tensor,
+    *,
+    dtype: torch.dtype,
+    gradient: bool = False,
+    yardstick: Tensor | None = None,
+    tf32: bool = False,
+) -> Comparison:
+    """Judge one tensor computed from inputs of `dtype`; `size` is S of the bound, `yardstick` the naive result in that dtype."""
+    if found.shape != truth.shape:
+        return Comparison(name, float("inf"), 0.0, f"{name} has shape {tuple(found.shape)}, not {tuple(truth.shape)}")
+    found, truth, size = (x.detach().to("cpu", torch.float64) for x in (found, truth, size))
+    odd = truth.isfinite() != found.isfinite()
+    odd |= ~truth.isfinite() & ~((found == truth) | (found.isnan() & truth.isnan()))
+    if odd.any():
+        where = tuple(odd.nonzero()[0].tolist())
+        return Comparison(name, float("inf"), 0.0, f"{name}{list(where)} is {found[where].item()}, the truth {truth[where].item()}")
+    finite = truth.isfinite()
+    error = (found - truth).masked_fill(~finite, 0.0).abs()
+    if error.numel() == 0:
+        return Comparison(name, 0.0, 0.0)
+    unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
+    factor = FACTOR_FP32_GRADIENT if gradient and dtype == torch.float32 else FACTOR
+    allowed = factor * unit * size.masked_fill(~finite, 0.0) + SMALLEST[dtype]
+    shares = error / allowed
+    worst = tuple(int(i) for i in torch.unravel_index(shares.argmax(), shares.shape))
+    ratio, fault = shares[worst].item(), ""
+    if ratio > 1.0:
+        fault = f"{name}{list(worst)} is {found[worst].item():.9g}, the truth {truth[worst].item():.9g}: {ratio:.2f} times its bound"
+    rms = 0.0
+    if yardstick is not None and error.numel() >= ENOUGH:
+        naive = _rms((yardstick.detach().to("cpu", torch.float64) - truth).masked_fill(~finite, 0.0))
+        limit = (RMS_FACTOR_GRADIENT if gradient else RMS_FACTOR) * naive + RMS_SHARE * unit * _rms(size.masked_fill(~finite, 0.0))
+        rms = _rms(error) / (limit + SMALLEST[dtype])
+        if rms > 1.0 and not fault:
+            fault = f"{name} has an RMS error of {_rms(error):.3g}, {rms:.2f} times what is allowed beside the naive {naive:.3g}"
+    return Comparison(name, ratio, rms, fault)
+
+
+def assert_right(comparisons: list[Comparison], context: Any = "") -> None:
+    """Raise AssertionError with every fault and every measured ratio."""
+    if any(c.fault for c in comparisons):
+        table = "\n".join(f"  {c.name:<12} bound {c.ratio:8.3f}   rms {c.rms:8.3f}   {c.fault}" for c in comparisons)
+        raise AssertionError(f"{context}\nshares of what is allowed; above 1 is wrong\n{table}")
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())

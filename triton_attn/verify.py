@@ -1,0 +1,163 @@
+"""Run kernels against the reference: rows of the catalogue in, result rows out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_attn import device, dispatch
+from triton_attn.mechanism import Case, Code, Kernel, Mechanism
+from triton_attn.testing import inputs, numerics
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One case of one implementation in one dtype: the worst share of its bound over outputs and gradients, and the time taken."""
+
+    mechanism: str
+    implementation: str  # a kernel's name, or "portable"
+    case: str
+    dtype: str
+    where: str  # the GPU's name, "interpreter", or "cpu"
+    share: float
+    worst: str  # which output or gradient
+    seconds: float
+    fault: str = ""
+
+
+def verify(
+    rows: Sequence[Mechanism], where: torch.device, *, seconds: float = float("inf"), tick: Callable[[str], None] = lambda text: None
+) -> Iterator[Verdict]:
+    """Every case of every row: each kernel that runs here, and portable. Past a row's share of `seconds` its other cases wait."""
+    name = device.profile(where.index or 0).name if where.type == "cuda" else "interpreter" if device.interpreting() else "cpu"
+    for row in rows:
+        start = time.perf_counter()
+        for case in row.cases:
+            for dtype in _dtypes(where):
+                for implementation, run in implementations(row, where):
+                    if time.perf_counter() - start > seconds:
+                        break
+                    if implementation != "portable" and refused(row, implementation, case, dtype):
+                        continue
+                    tick(f"{row.name} {implementation} {case.name} {dtype}")
+                    began = time.perf_counter()
+                    comparisons = judge(row, case, run, dtype=dtype, where=where)
+                    worst = max(comparisons, key=lambda c: c.share)
+                    faults = "; ".join(c.fault for c in comparisons if c.fault)
+                    spent = time.perf_counter() - began
+                    short = str(dtype).removeprefix("torch.")
+                    shown = name if implementation != "portable" or where.type == "cuda" else "cpu"
+                    yield Verdict(row.name, implementation, case.name, short, shown, worst.share, worst.name, spent, faults)
+
+
+def refused(row: Mechanism, implementation: str, case: Case, dtype: torch.dtype) -> list[str]:
+    """Why a kernel does not serve a case."""
+    kernel = next(kernel for kernel in row.kernels if kernel.name == implementation)
+    return kernel.refuses(*inputs.meta(row, case, dtype))
+
+
+Run = Callable[[Mapping[str, Any], Mapping[str, Any], Sequence[Tensor | None]], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def implementations(row: Mechanism, where: torch.device) -> Iterator[tuple[str, Run]]:
+    """(name, run) of whatever computes this row here; run(tensors, options, grads) gives outputs and gradients."""
+    for kernel in row.kernels:
+        if where.type == "cuda":
+            runs = not dispatch.capability_refusal(kernel, device.profile(where.index or 0).capability)
+        else:
+            runs = device.interpreting()
+        if runs:
+            yield kernel.name, kernel_run(row, kernel.load())
+    yield "portable", differentiable_run(row, row.portable)
+
+
+def kernel_run(row: Mechanism, code: Code, tile: Any = None) -> Run:
+    """Forward and backward of a kernel, called directly."""
+
+    def run(
+        tensors: Mapping[str, Any], options: Mapping[str, Any], grads: Sequence[Tensor | None]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        outputs = code.forward(**tensors, **options, **{row.more: True}, tile=tile)
+        named = dict(zip(row.outputs, outputs, strict=True))
+        return outputs, code.backward(*grads, **tensors, **named, **options, tile=tile)
+
+    return run
+
+
+def differentiable_run(row: Mechanism, function: Callable[..., Any]) -> Run:
+    """The same of an ordinary differentiable function."""
+
+    def run(
+        tensors: Mapping[str, Any], options: Mapping[str, Any], grads: Sequence[Tensor | None]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        leaves = {name: tensors[name].detach().requires_grad_() for name in row.differentiable}
+        outputs = function(**{**tensors, **leaves}, **options, **{row.more: True})
+        given = [grad for grad in grads if grad is not None]
+        wanted = [output for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+        return outputs, torch.autograd.grad(wanted, list(leaves.values()), given)
+
+    return run
+
+
+def judge(
+    row: Mechanism,
+    case: Case,
+    run: Run,
+    *,
+    dtype: torch.dtype,
+    where: torch.device,
+    seed: int = 0,
+    spread: float = 1.0,
+    layout: str = inputs.CONTIGUOUS,
+    tf32: bool = False,
+) -> list[numerics.Comparison]:
+    """Compare outputs and gradients of `run` with the reference in float64, by every tier."""
+    tensors, options = inputs.draw(row, case, dtype=dtype, device=where, seed=seed, spread=spread, layout=layout)
+    options.setdefault("scale", None)
+    return compare(row, tensors, options, run, case.sizes, dtype=dtype, seed=seed, tf32=tf32)
+
+
+def compare(
+    row: Mechanism,
+    tensors: Mapping[str, Any],
+    options: Mapping[str, Any],
+    run: Run,
+    sizes: Mapping[str, int],
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tf32: bool = False,
+) -> list[numerics.Comparison]:
+    """`judge` for given tensors."""
+    wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
+    generator = torch.Generator().manual_seed(seed + 1)
+    first = next(iter(tensors.values()))
+    grads = []
+    for given in row.outputs.values():
+        kind = torch.float32 if given.dtype == "float32" else dtype
+        grads.append(torch.randn(inputs.shape(given.axes, sizes), generator=generator).to(first.device, kind))
+    reference = differentiable_run(row, row.reference)
+    truth, true_gradients = reference(wide, options, [grad.double() for grad in grads])
+    naive, naive_gradients = reference(tensors, options, grads)
+    found, gradients = run(tensors, options, grads)
+    size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
+    results = []
+    for name, x, true, yardstick in zip(row.outputs, found, truth, naive, strict=True):
+        results.append(numerics.compare(name, x, true, size[name], dtype=dtype, yardstick=yardstick, tf32=tf32))
+    for name, x, true, yardstick in zip(row.differentiable, gradients, true_gradients, naive_gradients, strict=True):
+        judged = numerics.compare(name, x, true, size[name], dtype=dtype, gradient=True, yardstick=yardstick, tf32=tf32)
+        results.append(numerics.Comparison(f"grad {name}", judged.ratio, judged.rms, judged.fault))
+    return results
+
+
+def _dtypes(where: torch.device) -> tuple[torch.dtype, ...]:
+    # Triton's interpreter computes bfloat16 wrongly
+    return (torch.float32, torch.float16) if where.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+
+
+__all__ = ["Kernel", "Verdict", "compare", "differentiable_run", "implementations", "judge", "kernel_run", "verify"]
