@@ -18,9 +18,18 @@ def _wide_operands(key: Key) -> Sequence[Tile]:
     return tuple(ranges(blocks, (32, 16), (4, 8), (2, 1)))
 
 
+def _laden(key: Key) -> Sequence[Tile]:
+    """A mask, padding and dropout beside the loop take the registers of half a tile."""
+    if key.width <= 32:
+        return tuple(ranges((128, 64), (32, 16), (8, 4), (2, 1)))
+    return tuple(ranges((64, 32, 16), (32, 16), (8, 4), (2, 1)))
+
+
 def _forward_sm80(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
+    if not key.plain:
+        return _laden(key)
     if key.width <= 64:
         return tuple(ranges((128, 64), (64, 32), (4, 8), (3, 2)))
     return tuple(ranges((128, 64), (64, 32), (8, 4), (3, 2, 1)))
@@ -29,6 +38,8 @@ def _forward_sm80(key: Key) -> Sequence[Tile]:
 def _forward_sm90(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
+    if not key.plain:
+        return _laden(key)
     return tuple(ranges((128, 64), (128, 64, 32), (8, 4), (2, 3, 1)))
 
 
@@ -40,12 +51,16 @@ def _forward_descriptors(key: Key) -> Sequence[Tile]:
 def _backward_query(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
+    if not key.plain:
+        return _laden(key)
     return tuple(ranges((128, 64, 32), (64, 32), (8, 4), (2, 1)))
 
 
 def _backward_key(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
+    if not key.plain:
+        return _laden(key)
     return tuple(ranges((64, 32, 16), (128, 64, 32), (8, 4), (2, 1)))
 
 

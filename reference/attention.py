@@ -29,7 +29,7 @@ def attention(
         # ahead of the products: 0 * NaN is NaN
         hidden = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    group = query.shape[1] // max(key.shape[1], 1)
+    group = query.shape[1] // key.shape[1] if key.shape[1] else 1
     key, value = (repeat(x, "b g n d -> b (g r) n d", r=group) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bhmd,bhnd->bhmn", query, key) * scale
@@ -89,7 +89,7 @@ def bound(
     A rounding of the scores by u moves a weight p by p (A + E_p[A]), A being the scores of the magnitudes (Higham, "Accuracy and
     Stability of Numerical Algorithms", section 3.1). float64 in, float64 out.
     """
-    group = query.shape[1] // max(key.shape[1], 1)
+    group = query.shape[1] // key.shape[1] if key.shape[1] else 1
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -174,26 +175,40 @@ def test_a_window_carried_by_the_mask_is_honoured() -> None:
 
 
 def test_a_position_bias_is_honoured() -> None:
-    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    model = model_of("T5ForConditionalGeneration", config)
+    model, other = t5()
     inputs = padded("right")
     inputs["decoder_input_ids"] = inputs["input_ids"]
-    assert_equal(outputs(model, NAME, **inputs), outputs(model, "sdpa", **inputs))
+    assert_equal(outputs(model, NAME, **inputs), outputs(model, other, **inputs))
 
 
 def test_attention_sinks_are_honoured() -> None:
+    model, other = gpt_oss()
+    inputs = padded("left")
+    real = inputs["attention_mask"].bool()
+    assert_equal(outputs(model, NAME, **inputs)[real], outputs(model, other, **inputs)[real])
+
+
+def llama() -> tuple[Any, str]:
+    return model_of("LlamaForCausalLM", transformers.LlamaConfig(**GROUPED)), "sdpa"
+
+
+def t5() -> tuple[Any, str]:
+    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return model_of("T5ForConditionalGeneration", config), "sdpa"
+
+
+def gpt_oss() -> tuple[Any, str]:
     config = transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
     model = model_of("GptOssForCausalLM", config)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter, std=3.0)
-    inputs = padded("left")
-    real = inputs["attention_mask"].bool()
-    assert_equal(outputs(model, NAME, **inputs)[real], outputs(model, "eager", **inputs)[real])
+    return model, "eager"
 
 
-def test_gradients_are_those_of_sdpa() -> None:
-    model = model_of("LlamaForCausalLM", transformers.LlamaConfig(**GROUPED))
+@pytest.mark.parametrize("family", [llama, t5, gpt_oss])
+def test_gradients_are_the_same(family: Callable[[], tuple[Any, str]]) -> None:
+    model, other = family()
     inputs = padded("left")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
 
@@ -202,7 +217,7 @@ def test_gradients_are_those_of_sdpa() -> None:
         loss = model(**inputs, labels=labels).loss
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
-    assert_equal(gradients(NAME), gradients("sdpa"))
+    assert_equal(gradients(NAME), gradients(other))
 
 
 def test_queries_of_batch_one_meet_every_batch_of_keys() -> None:
@@ -218,6 +233,12 @@ def test_a_single_query_sees_every_key_even_in_a_causal_module() -> None:
     query, key = torch.randn(2, 4, 1, 8, device=DEVICE), torch.randn(2, 4, 7, 8, device=DEVICE)
     out, _ = attention_forward(torch.nn.Identity(), query, key, key, None)
     assert_equal(out, torch.nn.functional.scaled_dot_product_attention(query, key, key).transpose(1, 2))
+
+
+def test_dropout_reaches_the_call() -> None:
+    x = torch.randn(1, 2, 6, 8, device=DEVICE)
+    whole, dropped = (attention_forward(torch.nn.Identity(), x, x, x, None, dropout=p)[0] for p in (0.0, 0.5))
+    assert not torch.equal(whole, dropped)
 
 
 def test_softcapping_raises_with_its_name() -> None:
@@ -238,8 +259,9 @@ def test_a_keyword_that_would_be_ignored_raises_with_its_name(name: str) -> None
     given: dict[str, Any] = {name: torch.ones(2)}
     with pytest.raises(triton_attn.Unsupported, match=f" {name} "):
         attention_forward(torch.nn.Identity(), x, x, x, None, **given)
-    given[name] = None
-    attention_forward(torch.nn.Identity(), x, x, x, None, **given)
+    for nothing in (None, False):
+        given[name] = nothing
+        attention_forward(torch.nn.Identity(), x, x, x, None, **given)
 
 
 def test_a_window_that_no_mask_carries_raises() -> None:
@@ -286,16 +308,25 @@ def test_a_model_that_adds_its_mask_to_the_scores_gets_no_boolean_one() -> None:
 
 
 def test_a_model_that_would_never_call_raises() -> None:
-    config = transformers.FalconConfig(**SMALL, alibi=False, attn_implementation=NAME)
-    model = model_of("FalconForCausalLM", config)
-    with pytest.raises(triton_attn.Unsupported, match=r"falcon .* never call"), torch.no_grad():
+    model = model_of("MegatronBertModel", transformers.MegatronBertConfig(**SMALL, attn_implementation=NAME))
+    with pytest.raises(triton_attn.Unsupported, match="megatron-bert models"), torch.no_grad():
         model(**padded("left"))
 
 
-def test_gemma_4_always_gets_a_mask() -> None:
-    sizes = {"batch_size": 1, "q_length": 4, "kv_length": 4}
-    assert mask_function(**sizes, config=transformers.LlamaConfig(**GROUPED)) is None
-    assert mask_function(**sizes, config=transformers.Gemma4TextConfig()) is not None
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("static", [False, True])
+def test_gemma_4_may_drop_queries_behind_the_mask(kept: int, static: bool) -> None:
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6, "num_kv_shared_layers": 2}
+    widths = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99}
+    config = transformers.Gemma4TextConfig(**GROUPED | {"num_hidden_layers": 4}, **layers, **widths)
+    model = model_of("Gemma4ForCausalLM", config)
+    ids = padded("left")["input_ids"].clamp(min=3)[:, :5]
+
+    def logits(implementation: str) -> Tensor:
+        cache = transformers.StaticCache(config=config, max_cache_len=16) if static else None
+        return outputs(model, implementation, input_ids=ids, logits_to_keep=kept, past_key_values=cache)
+
+    assert_equal(logits(NAME), logits("sdpa"))
 
 
 def test_padding_alone_stays_one_row_of_mask() -> None:

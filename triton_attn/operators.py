@@ -78,9 +78,10 @@ class Operator:
         args = (*(tensors[name] for name in self.inputs), *(options[name] for name in self.options))
         if _transforming():
             return self.transformable.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
-        if torch.is_grad_enabled() and any(tensors[name].requires_grad for name in self.row.differentiable):
-            return self.eager.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
-        return self.forward(*args)  # type: ignore[no-any-return]
+        if not (torch.is_grad_enabled() and any(tensors[name].requires_grad for name in self.row.differentiable)):
+            return self.forward(*args)  # type: ignore[no-any-return]
+        function = self.transformable if torch.compiler.is_compiling() else self.eager
+        return function.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
 
     def _define(self, name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload[..., Any]:
         _LIBRARY.define(name + schema)
@@ -209,10 +210,9 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
 
 
 def _transforming() -> bool:
-    """Whether torch.compile, torch.func or forward-mode differentiation is looking."""
+    """Whether torch.func or forward-mode differentiation is looking."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -9,23 +9,23 @@
 The model computes what it computes with `attn_implementation="sdpa"`:
 
 - A mask decides alone. Without one a call is causal if the keyword `is_causal`, else `module.is_causal`, else True says so, and
-  there is more than one query. Keys beyond the queries are then the empty end of a static cache, and are left out.
+  there is more than one query. It starts at the first key: keys beyond the queries are the empty end of a static cache.
 - Padding, packed sequences and sliding windows arrive in the mask, which is why the mask function is registered too. A sliding
   window that no mask carries and that would hide a key raises, and so do several packed sequences without a mask.
-- Honoured, where sdpa refuses or ignores them: attention sinks (`s_aux`), exactly, through the log-sum-exp.
+- Honoured beyond sdpa: attention sinks (`s_aux`), exactly, through the log-sum-exp.
 - Every other keyword that is neither None nor False nor known to be plumbing raises `Unsupported` with its name: `softcap`,
-  `sinks`, `indices`, `output_attentions=True`, a paged `cache`, and whatever a later transformers adds.
+  `sinks`, `indices`, `output_attentions=True`, a paged `cache`, and whatever a later transformers adds. So does a model whose
+  attention does not go through the interface.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import transformers
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from triton_attn import Unsupported, attention
 
@@ -62,15 +62,11 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls: (b h m d), (b g n d), (b g n e) -> (b m h e), contiguous."""
     _refuse_unknown(module, others)
-    queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         _refuse_what_only_a_mask_could_say(module, query, key, sliding_window, others.get("cu_seq_lens_q"))
-        causal = bool(queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal))
+        causal = bool(query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal))
     else:
         causal = False
-    if causal and keys > queries:
-        key, value = key[:, :, :queries], value[:, :, :queries]
-        position_bias = position_bias if position_bias is None else position_bias[..., :queries]
     if 1 in (query.shape[0], key.shape[0]):  # learned queries come with batch 1
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
@@ -91,13 +87,13 @@ def attention_forward(
     else:
         out, lse = attention(query, key, value, return_lse=True, **options)
         # a sink is one more key with a value of zero
-        out = out * torch.sigmoid(lse - s_aux.reshape(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+        out = (out * torch.sigmoid(lse - s_aux.reshape(1, -1, 1)).unsqueeze(-1)).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
 def mask_function(*args: Any, config: Any = None, **options: Any) -> torch.Tensor | None:
     """`sdpa_mask`, with padding that is the same for every query kept as one row; float masks for models that know no other."""
-    kind = _mask_kind(getattr(config, "model_type", ""))
+    kind = _mask_kind(type(config))
     if kind == "none":
         raise Unsupported(f"{config.model_type} models have attention of their own and would never call triton_attn")
     # with sdpa, and only under that name, Gemma 4 gives up dropping queries behind the mask's back
@@ -117,17 +113,27 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask_function)
 
 
-@torch.compiler.assume_constant_result
-def _mask_kind(model_type: str) -> str:
-    if model_type.startswith("gemma4"):
-        return "always"
-    names = MODEL_MAPPING_NAMES.get(model_type, "")
-    model = getattr(transformers, names if isinstance(names, str) else names[0], None)
-    if model is None:
-        return "boolean"
-    if not model._can_set_attn_implementation():
+def _mask_kind(config: type) -> str:
+    return _mask_kind_of(config)
+
+
+# what is cached is a constant to torch.compile, which would else trace it
+_mask_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _mask_kind_of(config: type) -> str:
+    family = getattr(config, "model_type", "")
+    models = [model for model in _subclasses(PreTrainedModel) if model.config_class is config]
+    if models and not any(model._can_set_attn_implementation() for model in models):
         return "none"
-    return "boolean" if model._supports_sdpa or model_type in SINKS else "float"
+    if not all(model._supports_sdpa for model in models) and family not in SINKS:
+        return "float"
+    return "always" if family.startswith("gemma4") else "boolean"
+
+
+def _subclasses(model: Any) -> list[Any]:
+    return [deeper for child in model.__subclasses__() for deeper in (child, *_subclasses(child))]
 
 
 def _refuse_unknown(module: torch.nn.Module, others: dict[str, Any]) -> None:

@@ -21,14 +21,12 @@ def by_rows(
     rows = max(1, SCORES_AT_ONCE // max(b * h * n, 1))
     again = torch.is_grad_enabled() and rows < m
     pieces = []
-    for start in range(0, m, rows):
+    for start in range(0, max(m, 1), rows):
         part = slice(start, min(start + rows, m))
         rule = mask if mask is None or mask.shape[2] == 1 else mask[:, :, part]
         block = (query[:, :, part], key, value, rule, shift, start, scale, dropout_p, seed)
         # recomputed in the backward pass, or every score would be kept for it
         pieces.append(checkpoint(_block, *block, use_reentrant=False) if again else _block(*block))
-    if not pieces:
-        return query.new_zeros(b, h, m, value.shape[-1]), query.new_zeros((b, h, m), dtype=_wide(query))
     outs, lses = zip(*pieces, strict=True)
     return (torch.cat(outs, 2), torch.cat(lses, 2)) if len(outs) > 1 else (outs[0], lses[0])
 
@@ -45,7 +43,9 @@ def _block(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (b, h, m), (g, n) = query.shape[:3], key.shape[1:3]
-    folded = query.reshape(b, g, -1, query.shape[-1]) if g != h else query
+    # heads that share a key stand below one another, so that one product serves them
+    stacked = (b, g, h // max(g, 1) * m)
+    folded = query.reshape(*stacked, query.shape[-1])
     scores = (folded @ key.mT).to(_wide(query)).view(b, h, m, n) * scale
     seen = None
     if mask is not None:
@@ -64,8 +64,8 @@ def _block(
         index = (torch.arange(b * h, device=query.device), torch.arange(start, start + m, device=query.device))
         kept = _dropout.keep(seed, dropout_p, *index, torch.arange(n, device=query.device)).view(b, h, m, n)
         weights = weights * kept * _dropout.rescale(dropout_p)
-    folded_weights = weights.to(value.dtype).view(b, g, -1, n) if g != h else weights.to(value.dtype)
-    return (folded_weights @ value).view(b, h, m, -1), lse[..., 0]
+    out = weights.to(value.dtype).view(*stacked, n) @ value
+    return out.view(b, h, m, value.shape[-1]), lse[..., 0]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

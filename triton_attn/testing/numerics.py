@@ -64,7 +64,9 @@ def compare(
     if error.numel() == 0:
         return Comparison(name, 0.0, 0.0)
     unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
-    factor = FACTOR_FP32_GRADIENT if gradient and dtype == torch.float32 else FACTOR
+    factor = FACTOR_FP32_GRADIENT if gradient and dtype in (torch.float32, torch.float64) else FACTOR
+    if dtype == torch.float64:
+        factor *= 2  # the truth errs as much
     allowed = factor * unit * size.masked_fill(~finite, 0.0) + SMALLEST[dtype]
     shares = error / allowed
     worst = tuple(int(i) for i in torch.unravel_index(shares.argmax(), shares.shape))

@@ -1,0 +1,147 @@
+"""Every kernel and every portable path against its reference, on drawn calls: all tiers, forward and backward."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from triton_attn import CATALOG, use_backend, verify
+from triton_attn.mechanism import Case, Kernel, Law, Mechanism
+from triton_attn.testing import inputs, laws, numerics, strategies
+from triton_attn.tiles import Tile
+
+CPU = torch.device("cpu")
+KERNELS = [pytest.param(row, kernel, id=f"{row.name}-{kernel.name}") for row in CATALOG.values() for kernel in row.kernels]
+ROWS = [pytest.param(row, id=row.name) for row in CATALOG.values()]
+LAWS = [pytest.param(row, law, id=f"{row.name}-{law.name.lower()}") for row in CATALOG.values() for law in row.laws]
+
+
+def kernels_own(row: Mechanism, kernel: Kernel, case: Case) -> Case:
+    """The case without what a special kernel refuses: masks, and rows that are no multiple of 16 bytes."""
+    if kernel is row.kernels[-1]:
+        return case
+    sizes = {axis: -(-size // 8) * 8 if axis in "de" else size for axis, size in case.sizes.items()}
+    options = {name: value for name, value in case.options.items() if name not in row.inputs}
+    own = Case(case.name, sizes, options)
+    assert not verify.refused(row, kernel.name, own, torch.float16)
+    return own
+
+
+@pytest.mark.parametrize(("row", "kernel"), KERNELS)
+@given(data=st.data())
+def test_kernel_matches_its_reference(row: Mechanism, kernel: Kernel, data: st.DataObject) -> None:
+    case = kernels_own(row, kernel, data.draw(strategies.cases(row)))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float16)))
+    tile = data.draw(strategies.tiles)
+    run = verify.kernel_run(row, kernel.load(), tile)
+    layout = data.draw(strategies.layouts) if kernel is row.kernels[-1] else inputs.CONTIGUOUS
+    drawn = {"seed": data.draw(strategies.seeds), "spread": data.draw(strategies.spreads), "layout": layout}
+    numerics.assert_right(verify.judge(row, case, run, dtype=dtype, where=CPU, **drawn), (case, dtype, tile, drawn))
+
+
+@pytest.mark.parametrize("row", ROWS)
+@given(data=st.data())
+def test_portable_matches_its_reference(row: Mechanism, data: st.DataObject) -> None:
+    case = data.draw(strategies.cases(row))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.float64)))
+    drawn = {"seed": data.draw(strategies.seeds), "spread": data.draw(strategies.spreads), "layout": data.draw(strategies.layouts)}
+    run = verify.differentiable_run(row, row.portable)
+    numerics.assert_right(verify.judge(row, case, run, dtype=dtype, where=CPU, **drawn), (case, dtype, drawn))
+
+
+@pytest.mark.parametrize(("row", "law"), LAWS)
+@pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
+def test_law_holds(row: Mechanism, law: Law, backend: str) -> None:
+    def call(*, seed: Any = None, **arguments: Any) -> Any:
+        torch.manual_seed(3)
+        with use_backend(backend):
+            return row.function(**arguments)
+
+    for case in row.cases:
+        laws.check(row, law, call, case, exact=backend == "triton")
+
+
+@pytest.mark.parametrize(("row", "kernel"), KERNELS)
+def test_inputs_are_left_as_they_were(row: Mechanism, kernel: Kernel) -> None:
+    for case in row.cases:
+        tensors, options = inputs.draw(row, kernels_own(row, kernel, case))
+        before = {name: x.clone() for name, x in tensors.items() if x is not None}
+        grads = [torch.randn(inputs.shape(out.axes, case.sizes)) for out in row.outputs.values()]
+        verify.kernel_run(row, kernel.load())(tensors, options, grads)
+        for name, x in before.items():
+            assert torch.equal(x, tensors[name])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("width", [64, 80, 96, 104, 256])
+def test_heads_of_any_width(row: Mechanism, width: int) -> None:
+    sizes = {**row.cases[0].sizes, "b": 1, "h": 1, "g": 1, "m": 20, "n": 17, "d": width, "e": width if width < 100 else 24}
+    run = verify.kernel_run(row, row.kernels[-1].load(), Tile(16, 16, 4, 1))
+    numerics.assert_right(verify.judge(row, Case("wide", sizes), run, dtype=torch.float16, where=CPU), width)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("empty", ["b", "h", "m", "n"])
+def test_empty_axes_give_zeros_or_nothing(row: Mechanism, empty: str) -> None:
+    sizes = {**row.cases[0].sizes, empty: 0, **({"g": 0} if empty == "h" else {})}
+    for run in (verify.kernel_run(row, row.kernels[-1].load()), verify.differentiable_run(row, row.portable)):
+        numerics.assert_right(verify.judge(row, Case("empty", sizes), run, dtype=torch.float32, where=CPU), empty)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("axis", [0, 2])
+def test_strides_beyond_two_to_the_31(row: Mechanism, axis: int) -> None:
+    """Virtual memory only: the pages between are never touched."""
+    far = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided((2, 1, 17, 16), (2**31, 16, 16, 1) if axis == 0 else (64, 16, 2**27, 1))
+    near = torch.randn(2, 1, 17, 16).half()
+    far.copy_(near)
+    if axis == 2:
+        far.select(2, 0).copy_(near.select(2, 0))
+    code = row.kernels[-1].load()
+    got = code.forward(far, far, far, mask=None, key_padding_mask=None)
+    want = code.forward(near, near, near, mask=None, key_padding_mask=None)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
+def test_padded_keys_may_hold_nan(row: Mechanism, backend: str) -> None:
+    tensors, options = inputs.draw(row, next(case for case in row.cases if "key_padding_mask" in case.options))
+    tensors.pop("seed")
+    leaves = [tensors[name].requires_grad_() for name in row.differentiable]  # type: ignore[union-attr]
+    with use_backend(backend):
+        clean = row.function(**tensors, **options)
+        padded = tensors["key_padding_mask"][:, None, :, None]  # type: ignore[index]
+        dirty = {name: tensors[name].masked_fill(padded, torch.nan) for name in ("key", "value")}  # type: ignore[union-attr]
+        out = row.function(**{**tensors, **dirty}, **options)
+    assert torch.equal(out, clean)
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+def test_nan_in_one_query_stays_in_its_row() -> None:
+    row = CATALOG["attention"]
+    tensors, options = inputs.draw(row, row.cases[0])
+    tensors["query"][0, 0, 5] = torch.nan  # type: ignore[index]
+    out = row.kernels[-1].load().forward(**tensors, **options)
+    assert out[0, 0, 5].isnan().all()
+    out[0, 0, 5] = 0.0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("row", "kernel"), KERNELS)
+def test_expanded_gradients_are_read_through_their_strides(row: Mechanism, kernel: Kernel) -> None:
+    """out.sum().backward() hands over a gradient whose strides are all 0."""
+    case = row.cases[0]
+    tensors, options = inputs.draw(row, case)
+    code = kernel.load()
+    outputs = code.forward(**tensors, **options, **{row.more: True})
+    named = dict(zip(row.outputs, outputs, strict=True))
+    ones = torch.ones(()).expand(outputs[0].shape)
+    backward = partial(code.backward, grad_lse=None, **tensors, **named, **options)
+    for expanded, packed in zip(backward(ones), backward(ones.contiguous()), strict=True):
+        assert torch.equal(expanded, packed)

@@ -1,0 +1,324 @@
+"""The command line: triton-attn {list,explain,verify,compile,bench,report}.
+
+Exit codes: 0 right, 1 something is wrong, 2 a bad argument. With --json, standard output holds one JSON object per line and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+from triton_attn import CATALOG, __version__, device
+from triton_attn.mechanism import Case, Mechanism
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit("triton-attn: the command line needs more packages: pip install 'triton-attn[cli]'") from None
+
+if TYPE_CHECKING:
+    from triton_attn.report.parts import Log
+    from triton_attn.report.rows import AnyRow
+
+BAD_ARGUMENT, INTERRUPTED = 2, 130
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_LONGEST = 24 * 3600.0
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[MECHANISM]...", help="Names from `triton-attn list`; none: all of them.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one.")]
+Seconds = Annotated[float, typer.Option(help="Stop after about so long; every mechanism gets its share of it.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line and nothing else.")]
+Targets = Annotated[str, typer.Option("--target", help="GPUs by capability, like sm_80,sm_90.")]
+
+app = typer.Typer(
+    help="Fast attention: which mechanisms there are, whether their kernels are right, what they use of a GPU, how fast they are.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class BadArgument(Exception):
+    """What was given and what is allowed, in one line."""
+
+
+@app.command("list")
+def list_mechanisms(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, for pages.")] = False,
+) -> int:
+    """The mechanisms, their kernels and their inputs."""
+    from triton_attn.report import tables, terminal
+
+    if as_json:
+        for row in CATALOG.values():
+            kernels = {kernel.name: [device.architecture(known) for known in kernel.capabilities] for kernel in row.kernels}
+            inputs = {name: {"axes": given.axes, "kind": given.kind} for name, given in row.inputs.items() if given.kind != "seed"}
+            print(json.dumps({"name": row.name, "summary": row.summary, "kernels": kernels, "inputs": inputs, "peers": list(row.peers)}))
+    elif markdown:
+        from triton_attn.report.markdown import mechanisms
+
+        print(mechanisms(CATALOG.values()))
+    else:
+        terminal.show(tables.mechanisms(CATALOG.values()))
+    return 0
+
+
+@app.command()
+def explain(
+    names: Names = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size of an axis, like n=4096; may be repeated. Others: the first workload's.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(_DTYPES)}; by default bfloat16 on GPUs, float32 on a CPU.")] = None,
+    device_name: Device = None,
+    target: Targets = "",
+    as_json: Json = False,
+) -> int:
+    """What a call would run, with which tiles, and why not something else. Nothing is run."""
+    from triton_attn.report import calls, tables, terminal
+
+    mechanisms, where, targets = _known(names), _where(device_name), _targets(target) if target else []
+    if dtype not in (None, *_DTYPES):
+        raise BadArgument(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
+
+    def explained() -> Iterator[calls.Call]:
+        for row in mechanisms:
+            for architecture in ("", *targets):
+                kind = "cuda" if architecture else where.type
+                case = _sized(row, row.workloads[kind][0], size or [])
+                wanted = _DTYPES[dtype] if dtype else torch.bfloat16 if kind == "cuda" else torch.float32
+                try:
+                    yield calls.on_target(row, case, wanted, architecture) if architecture else calls.here(row, case, wanted, where)
+                except (ValueError, RuntimeError) as error:  # wrong arguments, no kernel where one was insisted on, no such memory
+                    raise BadArgument(str(error).partition("\n")[0]) from error
+
+    found = _each(explained(), as_json)
+    if not as_json:
+        terminal.show(tables.calls(found))
+    return 0
+
+
+@app.command()
+def verify(names: Names = None, device_name: Device = None, seconds: Seconds = math.inf, as_json: Json = False) -> int:
+    """Run every case against the definition in float64: kernels compiled on a GPU, interpreted without."""
+    mechanisms, where, seconds = _known(names), _where(device_name), _duration(seconds)
+    if where.type == "cuda" and device.interpreting():
+        raise BadArgument("TRITON_INTERPRET=1 is set and device is cuda; unset it, or give --device cpu")
+    if where.type == "cpu" and device.triton_version() and not device.interpreting():
+        device.interpret()
+        return _again("verify", *(row.name for row in mechanisms), "--device", "cpu", seconds=seconds, as_json=as_json)
+    from triton_attn.report import parts, tables, terminal
+
+    log = parts.Log()
+    with terminal.progress(sum(len(row.cases) for row in mechanisms), json=as_json) as (log.tick, step):
+        rows = parts.verdicts(mechanisms, where, seconds, log)
+        found = _each(rows, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
+    faults = [f"{row.mechanism} {row.implementation} {row.case} {row.dtype}: {row.fault}" for row in found if row.fault]
+    if not as_json:
+        terminal.show(tables.checks(found))
+        worst = f", the worst at {tables.percent(max(row.share for row in found))} of its bound" if found else ""
+        _conclude(f"{len(found)} checks{worst}", faults)
+    return _exit_code(log, faults)
+
+
+@app.command("compile")
+def compile_kernels(
+    names: Names = None,
+    target: Targets = "sm_80,sm_90",
+    every_key: Annotated[bool, typer.Option("--tables", help="Every entry of the tile tables, not only a few.")] = False,
+    every_tile: Annotated[bool, typer.Option("--every", help="Every candidate tile.")] = False,
+    seconds: Seconds = math.inf,
+    as_json: Json = False,
+) -> int:
+    """Compile kernels for GPUs that need not be here: registers, spills, shared memory, instructions, blocks per multiprocessor."""
+    mechanisms, targets, seconds = _known(names), _targets(target), _duration(seconds)
+    if not device.triton_version():
+        raise BadArgument("triton is not installed: nothing can be compiled")
+    if device.interpreting():
+        raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
+    from triton_attn.report import parts, tables, terminal
+
+    log = parts.Log()
+    total = None if every_tile else parts.launches(mechanisms, targets, every_key=every_key)
+    with terminal.progress(total, json=as_json) as (log.tick, step):
+        rows = parts.compiled(mechanisms, targets, seconds, log, every_key=every_key, every_tile=every_tile)
+        found = _each(rows, as_json, lambda done: step(len(done)))
+    faults = [f"{row.mechanism}/{row.kernel}/{row.launch} {row.target} {row.key} {row.tile}: {row.fault}" for row in found if row.fault]
+    if not as_json:
+        terminal.show(tables.kernels(found))
+        _conclude(f"{len(found)} kernels compiled", faults)
+    return _exit_code(log, faults)
+
+
+@app.command()
+def bench(names: Names = None, device_name: Device = None, seconds: Seconds = math.inf, as_json: Json = False) -> int:
+    """Time every workload beside its peers, in turns."""
+    mechanisms, where, seconds = _known(names), _where(device_name), _duration(seconds)
+    from triton_attn.report import parts, tables, terminal
+
+    log = parts.Log()
+    with terminal.progress(sum(len(row.workloads[where.type]) for row in mechanisms), json=as_json) as (log.tick, step):
+        rows = parts.timings(mechanisms, where, seconds, log)
+        found = _each(rows, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
+    if not as_json:
+        terminal.show(tables.timings(found))
+    return _exit_code(log, [])
+
+
+@app.command()
+def report(
+    names: Names = None,
+    folder: Annotated[Path, typer.Option(help="Where report.md, its rows and its pictures go.")] = Path("report"),
+    seconds_per_mechanism: Annotated[float, typer.Option(help="Times the mechanisms: how long to check, compile and time.")] = 8.0,
+    target: Targets = "sm_80,sm_90",
+    device_name: Device = None,
+    as_json: Json = False,
+) -> int:
+    """Check, compile, time and explain everything, and write a page about it."""
+    mechanisms, where, targets = _known(names), _where(device_name), _targets(target)
+    budget = min(_duration(seconds_per_mechanism, "seconds-per-mechanism") * len(mechanisms), _LONGEST)
+    from triton_attn.report import gather, markdown, tables, terminal
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / markdown.PAGE).open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise BadArgument(f"folder {str(folder)!r} cannot be written: {error.strerror}") from error
+    catalog, whole, start = {row.name: row for row in mechanisms}, math.ceil(budget), time.perf_counter()
+    with terminal.progress(whole, json=as_json) as (tick, step):
+
+        def note(text: str) -> None:
+            tick(text)
+            step(min(whole, int(time.perf_counter() - start)))
+
+        results = gather.gather(catalog, device.describe(), targets=targets, device=str(where), seconds=budget, tick=note)
+    page = markdown.write(results, folder)
+    if as_json:
+        print(json.dumps({"page": str(page), "wrong": results.wrong, "left_out": results.notes, "seconds": round(results.seconds, 1)}))
+    else:
+        terminal.show(tables.summary(catalog, results.calls, results.verdicts, results.compiled, results.timings))
+        counts = f"{len(results.verdicts)} checks, {len(results.compiled)} kernels compiled, {len(results.timings)} timings"
+        _conclude(counts, results.wrong)
+        terminal.say(str(page))
+    return int(bool(results.wrong))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point; always ends in SystemExit."""
+    from triton_attn.report.terminal import complain
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given == ["--version"]:
+            print(f"triton-attn {__version__}")
+            sys.exit(0)
+        sys.exit(app(args=given or ["--help"], prog_name="triton-attn", standalone_mode=False) or 0)
+    except (BadArgument, _UsageError) as error:
+        complain(getattr(error, "format_message", error.__str__)())
+        sys.exit(BAD_ARGUMENT)
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _known(names: Sequence[str] | None) -> list[Mechanism]:
+    for name in names or ():
+        if name not in CATALOG:
+            raise BadArgument(f"mechanism is {name!r}; allowed: {', '.join(CATALOG)}")
+    return [CATALOG[name] for name in dict.fromkeys(names or CATALOG)]
+
+
+def _where(name: str | None) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name not in allowed:
+        raise BadArgument(f"device is {name!r}; allowed on this machine: {', '.join(allowed)}")
+    return torch.device(name)
+
+
+def _targets(text: str) -> list[str]:
+    targets = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for target in targets:
+        try:
+            device.capability(target)
+        except ValueError as error:
+            raise BadArgument(str(error)) from error
+    return targets
+
+
+def _duration(seconds: float, option: str = "seconds") -> float:
+    if not seconds >= 0:
+        raise BadArgument(f"{option} is {seconds}; allowed: 0 and more")
+    return seconds
+
+
+def _sized(row: Mechanism, case: Case, given: Sequence[str]) -> Case:
+    sizes = dict(case.sizes)
+    for text in given:
+        axis, _, number = text.partition("=")
+        if axis not in sizes or not (number.isascii() and number.isdigit()) or len(number) > 12:
+            raise BadArgument(
+                f"size is {text!r}; allowed for {row.name}: a whole number by axis, {' '.join(f'{a}={s}' for a, s in sizes.items())}"
+            )
+        sizes[axis] = int(number)
+    return Case(case.name, sizes, case.options)
+
+
+def _each(rows: Iterator[AnyRow], as_json: bool, done: Callable[[list[AnyRow]], Any] = lambda found: None) -> list[AnyRow]:
+    """Collect rows, printed as they come with --json."""
+    from triton_attn.report.rows import to_json
+
+    found = []
+    for row in rows:
+        found.append(row)
+        done(found)
+        if as_json:
+            print(to_json(row), flush=True)
+    return found
+
+
+def _conclude(counted: str, faults: Sequence[str]) -> None:
+    from triton_attn.report.terminal import say
+
+    for fault in faults:
+        say(fault, wrong=True)
+    say(f"{counted}: {f'{len(faults)} wrong' if faults else 'all right'}", wrong=bool(faults))
+
+
+def _exit_code(log: Log, faults: Sequence[str]) -> int:
+    from triton_attn.report.terminal import complain
+
+    for text in (*log.left_out, *log.failed):
+        complain(text)
+    return int(bool(faults or log.failed))
+
+
+def _again(*arguments: str, seconds: float, as_json: bool) -> int:
+    """The same command in a process where triton is yet to be imported, with this one's output as its own."""
+    command = [sys.executable, "-m", "triton_attn", *arguments, *(["--json"] if as_json else [])]
+    patience = _LONGEST
+    if seconds < _LONGEST:
+        command += ["--seconds", str(seconds)]
+        patience = 2 * seconds + 120
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=patience, check=False).returncode
+    except subprocess.TimeoutExpired:
+        from triton_attn.report.terminal import complain
+
+        complain(f"{arguments[0]} did not end within {patience:.0f} s and was stopped")
+        return 1

@@ -1,0 +1,51 @@
+"""Result rows -> terminal, Markdown page and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from triton_attn.bench import Timing
+from triton_attn.mechanism import Mechanism
+from triton_attn.offline import Compiled
+from triton_attn.report.calls import Call
+from triton_attn.verify import Verdict
+
+
+@dataclass
+class Results:
+    """All that a report tells."""
+
+    catalog: Mapping[str, Mechanism]
+    machine: Mapping[str, Any]
+    targets: Sequence[str]
+    calls: list[Call] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    compiled: list[Compiled] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out
+    faults: list[str] = field(default_factory=list)  # what did not run to its end
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> list[str]:
+        """Everything that is wrong, one line each."""
+        wrong = [
+            f"{row.mechanism} {row.implementation}, {row.case}, {row.dtype} on {row.where}: {row.fault}"
+            for row in self.verdicts
+            if row.fault
+        ]
+        wrong += [
+            f"{row.mechanism}/{row.kernel}/{row.launch}, {row.target} {row.key}, tile {row.tile}: {row.fault}"
+            for row in self.compiled
+            if row.fault
+        ]
+        return wrong + self.faults
+
+    @property
+    def headline(self) -> str:
+        """One sentence."""
+        if self.wrong:
+            return f"{len(self.wrong)} thing{'s are' if len(self.wrong) > 1 else ' is'} wrong."
+        return f"All right: {len(self.verdicts)} checks within their bounds, {len(self.compiled)} compiled kernels that fit."

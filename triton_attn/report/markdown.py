@@ -1,0 +1,84 @@
+"""Results as a Markdown page, with rows and plots beside it."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from triton_attn.mechanism import Mechanism
+from triton_attn.report import Results, plots, rows, tables
+from triton_attn.report.tables import Table
+
+PAGE = "report.md"
+_TEMPLATES = Path(__file__).parent / "templates"
+_STRUCTURE = re.compile(r"[|`\[\]*\\$~]")
+
+
+def escape(text: Any) -> str:
+    """Any value as plain text of a Markdown cell: no HTML, no link, no code, no new cell, no new line."""
+    flat = "".join(char if char.isprintable() else " " for char in str(text))
+    return _STRUCTURE.sub(lambda found: f"&#{ord(found[0])};", html.escape(flat))
+
+
+def table(given: Table) -> Markup:
+    """A table in Markdown."""
+    lines = [given.names, ["---:" if right else "---" for right in given.right]]
+    lines += [
+        [f"**{escape(cell)}**" if place in given.wrong and cell else escape(cell) for cell in cells]
+        for place, cells in enumerate(given.cells)
+    ]
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def mechanisms(catalog: Iterable[Mechanism]) -> str:
+    """The table of mechanisms that README and docs embed."""
+    return str(table(tables.mechanisms(catalog)))
+
+
+def page(results: Results, made: datetime.datetime) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escape(value)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template("report.md.j2").render(
+        results=results,
+        made=made.isoformat(" ", "minutes"),
+        has_gpu=bool(results.machine.get("gpus")),
+        table=table,
+        tables=tables,
+        plots=plots,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Page, rows and plots into a folder; the page's path. OSError where the folder does not take them."""
+    made = datetime.datetime.now().astimezone()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Sequence[rows.Row]] = {
+        "verify": results.verdicts,
+        "compile": results.compiled,
+        "bench": results.timings,
+        "explain": results.calls,
+    }
+    for name, members in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(f"{rows.to_json(row)}\n" for row in members), encoding="utf-8")
+    (folder / "machine.json").write_text(json.dumps(dict(results.machine), indent=1) + "\n", encoding="utf-8")
+    plots.draw(results, folder)
+    written = folder / PAGE
+    written.write_text(page(results, made), encoding="utf-8")
+    return written

@@ -1,0 +1,43 @@
+"""Result rows as JSON lines, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any, TypeAlias, TypeVar
+
+from triton_attn.bench import Timing
+from triton_attn.offline import Compiled
+from triton_attn.report.calls import Call
+from triton_attn.tiles import Usage
+from triton_attn.verify import Verdict
+
+Row: TypeAlias = Verdict | Compiled | Timing | Call
+AnyRow = TypeVar("AnyRow", Verdict, Compiled, Timing, Call)
+_MAY_BE_ABSENT = ("usage", "limit")
+
+
+def to_json(row: Row) -> str:
+    """One line. JSON has no infinity: a number that is not finite becomes null."""
+    return json.dumps(_finite(asdict(row)), allow_nan=False)
+
+
+def from_json(kind: type[AnyRow], line: str) -> AnyRow:
+    """The inverse; ValueError on anything else."""
+    record = json.loads(line)
+    try:
+        if record.get("usage") is not None:
+            record["usage"] = Usage(**record["usage"])
+        infinite = {name: math.inf for name, value in record.items() if value is None and name not in _MAY_BE_ABSENT}
+        return kind(**{**record, **infinite})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"not a row of {kind.__name__}: {error}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

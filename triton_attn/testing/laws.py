@@ -1,0 +1,108 @@
+"""Properties that hold whatever the numbers are, checked on any callable with a row's signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_attn.mechanism import Case, Law, Mechanism
+from triton_attn.testing import inputs, numerics
+
+Call = Callable[..., Any]
+
+
+def check(row: Mechanism, law: Law, call: Call, case: Case, *, seed: int = 0, exact: bool = True) -> None:
+    """AssertionError if `call` breaks the law on this case. `exact` asks for equal bits where the law promises them."""
+    tensors, options = inputs.draw(row, case, seed=seed)
+    _CHECKS[law](row, call, tensors, options, exact)
+
+
+def _rows_sum_to_one(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    if options.get("dropout_p"):
+        return  # true on average only
+    tensors["value"] = torch.ones_like(tensors["value"])
+    out, lse = call(**tensors, **options, **{row.more: True})
+    seen = (lse > -torch.inf)[..., None].expand(out.shape)
+    _assert_close(row, tensors, options, out, seen.to(out.dtype))
+
+
+def _future_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    options["causal"] = "top_left"
+    n = tensors["key"].shape[2]
+    past = n // 2
+    for name in ("query", "key", "value"):
+        tensors[name].requires_grad_()
+    out = call(**tensors, **options)[:, :, :past]
+    gradients = torch.autograd.grad(out.sum(), (tensors["key"], tensors["value"]))
+    for name, gradient in zip(("key", "value"), gradients, strict=True):
+        assert not gradient[:, :, past:].any(), f"a later {name} gets a gradient"
+    changed = {**tensors, **{name: _replaced(tensors[name], past) for name in ("key", "value")}}
+    assert torch.equal(out, call(**changed, **options)[:, :, :past]), "a later key changed an output"
+
+
+def _padding_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    batch, _, n = tensors["key"].shape[:3]
+    if tensors["mask"] is not None or options.get("causal"):
+        return  # a mask or an alignment to the last key would have to grow with the keys
+    given = tensors["key_padding_mask"]
+    before = torch.zeros(batch, n, dtype=torch.bool) if given is None else given
+    grown = {name: torch.cat((tensors[name], torch.full_like(tensors[name][:, :, :7], torch.nan)), 2) for name in ("key", "value")}
+    after = torch.cat((before, torch.ones(batch, grown["key"].shape[2] - n, dtype=torch.bool)), 1)
+    alone = call(**{**tensors, "key_padding_mask": before}, **options)
+    padded = call(**{**tensors, **grown, "key_padding_mask": after}, **options)
+    if exact:
+        assert torch.equal(alone, padded), "keys that are masked changed an output"
+    else:
+        _assert_close(row, {**tensors, "key_padding_mask": before}, options, padded, alone)
+
+
+def _key_order_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    if options.get("causal") or options.get("dropout_p"):
+        return  # both go by position
+    order = torch.randperm(tensors["key"].shape[2], generator=torch.Generator().manual_seed(1))
+    moved = {name: tensors[name][:, :, order] for name in ("key", "value")}
+    if tensors["mask"] is not None:
+        moved["mask"] = tensors["mask"][..., order]
+    if tensors["key_padding_mask"] is not None:
+        moved["key_padding_mask"] = tensors["key_padding_mask"][:, order]
+    _assert_close(row, tensors, options, call(**{**tensors, **moved}, **options), call(**tensors, **options))
+
+
+def _batch_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    if options.get("dropout_p"):
+        return  # entries differ by their index in the batch
+    last = tensors["query"].shape[0] - 1
+    together = call(**tensors, **options)[last:]
+    picked = {
+        name: x if not isinstance(x, Tensor) or not row.inputs[name].axes.startswith("b") or x.shape[0] == 1 else x[last:]
+        for name, x in tensors.items()
+    }
+    alone = call(**picked, **options)
+    if exact:
+        assert torch.equal(together, alone), "an item's output depends on its batch"
+    else:
+        _assert_close(row, picked, options, alone, together)
+
+
+_CHECKS: Mapping[Law, Callable[[Mechanism, Call, dict[str, Any], dict[str, Any], bool], None]] = {
+    Law.ROWS_SUM_TO_ONE: _rows_sum_to_one,
+    Law.FUTURE_CHANGES_NOTHING: _future_changes_nothing,
+    Law.PADDING_CHANGES_NOTHING: _padding_changes_nothing,
+    Law.KEY_ORDER_CHANGES_NOTHING: _key_order_changes_nothing,
+    Law.BATCH_CHANGES_NOTHING: _batch_changes_nothing,
+}
+
+
+def _replaced(tensor: Tensor, past: int) -> Tensor:
+    return torch.cat((tensor.detach()[:, :, :past], 3 - tensor.detach()[:, :, past:]), 2)
+
+
+def _assert_close(row: Mechanism, tensors: Mapping[str, Any], options: Mapping[str, Any], found: Tensor, truth: Tensor) -> None:
+    """Two results of equal worth may each err by their bound."""
+    wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
+    name = next(iter(row.outputs))
+    size = 2 * row.bound(**wide, **{f"grad_{name}": torch.zeros_like(truth, dtype=torch.float64)}, **options)[name]
+    numerics.assert_right([numerics.compare(name, found, truth, size, dtype=found.dtype)])

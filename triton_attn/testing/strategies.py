@@ -1,0 +1,40 @@
+"""Hypothesis strategies: calls of a catalogue row, small and biased to the edges of tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from triton_attn.mechanism import Case, Mechanism
+from triton_attn.testing import inputs
+from triton_attn.tiles import Tile
+
+LENGTHS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 47, 48)
+WIDTHS = (1, 8, 15, 16, 17, 24, 32, 40)
+
+lengths = st.sampled_from(LENGTHS) | st.integers(1, 48)
+widths = st.sampled_from(WIDTHS)
+layouts = st.sampled_from((inputs.CONTIGUOUS, inputs.PERMUTED, inputs.SLICED, inputs.STRIDED, inputs.EXPANDED, inputs.OFFSET))
+spreads = st.sampled_from((0.1, 1.0, 8.0))
+seeds = st.integers(0, 2**16)
+tiles = st.builds(Tile, st.sampled_from((16, 32)), st.sampled_from((16, 32)), st.just(4), st.just(1))
+
+
+@st.composite
+def cases(draw: st.DrawFn, row: Mechanism) -> Case:
+    """A case with the options of one of the row's own, and other sizes."""
+    template = draw(st.sampled_from(row.cases))
+    groups, members = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    sizes = {
+        "b": draw(st.integers(1, 2)),
+        "h": groups * members,
+        "g": groups,
+        "m": draw(lengths),
+        "n": draw(lengths),
+        "d": draw(widths),
+        "e": draw(widths),
+    }
+    if template.options.get("causal") is True:
+        sizes["n"] = sizes["m"]
+    return replace(template, sizes={axis: sizes[axis] for axis in template.sizes})
