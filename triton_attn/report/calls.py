@@ -58,8 +58,12 @@ def on_target(row: Mechanism, case: Case, dtype: torch.dtype, target: str) -> Ca
             continue
         code, profile, found = kernel.load(), device.Profile(target, capability), {}
         key = code.key(tensors, options)
-        for launch in kernel.launches:
-            entry = tiles.look_up(f"{row.name}/{kernel.name}/{launch.name}", code.spaces[launch.name], key, profile)
+        launches = [(kernel, code, launch) for launch in kernel.launches]
+        if kernel is not row.kernels[-1]:  # the variants share the backward of the most general one
+            general = row.kernels[-1]
+            launches += [(general, general.load(), launch) for launch in general.launches if launch.gradients]
+        for owner, loaded, launch in launches:
+            entry = tiles.look_up(f"{row.name}/{owner.name}/{launch.name}", loaded.spaces[launch.name], key, profile)
             found[launch.name] = f"tile {entry.tile}, {entry.source}{', stale' if entry.stale else ''}"
         return Call(row.name, sizes(case), short(dtype), target, "kernel", kernel.name, found, reasons)
     return Call(row.name, sizes(case), short(dtype), target, "portable", "", {}, reasons)

@@ -25,7 +25,7 @@ _STRUCTURE = re.compile(r"[|`\[\]*\\$~]")
 def escape(text: Any) -> str:
     """Any value as plain text of a Markdown cell: no HTML, no link, no code, no new cell, no new line."""
     flat = "".join(char if char.isprintable() else " " for char in str(text))
-    return _STRUCTURE.sub(lambda found: f"&#{ord(found[0])};", html.escape(flat))
+    return _STRUCTURE.sub(lambda found: f"&#{ord(found[0])};", html.escape(flat, quote=False))
 
 
 def table(given: Table) -> Markup:

@@ -42,7 +42,7 @@ def checks(rows: Sequence[Verdict]) -> Figure:
             (share, row) for share, row in zip(shares, rows, strict=True) if (row.implementation != "portable") == kernel and not row.fault
         ]
         heights = [names.index(row.mechanism) + (-0.16 if kernel else 0.16) for _, row in picked]
-        axes.scatter([share for share, _ in picked], heights, s=16, c=color, marker=marker, alpha=0.7, linewidths=0, label=label)
+        axes.scatter([share for share, _ in picked], heights, s=18, c=color, marker=marker, alpha=0.75, linewidths=0, label=label)
     faulty = [(share, names.index(row.mechanism)) for share, row in zip(shares, rows, strict=True) if row.fault]
     if faulty:
         axes.scatter([share for share, _ in faulty], [height for _, height in faulty], s=36, c=_WRONG, marker="X", label="wrong")
@@ -51,13 +51,13 @@ def checks(rows: Sequence[Verdict]) -> Figure:
     axes.set_xlim(min(0.01, min(shares) / 1.5), max(2.0, max(shares) * 1.5))
     axes.xaxis.set_major_formatter(lambda value, position: f"{100 * value:g} %")
     axes.set_xlabel("worst error, as share of what rounding may explain (right of the line is wrong)")
-    _name_rows(axes, names)
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 1.0), frameon=True, fontsize=8)
+    _finish(axes, names)
     return figure
 
 
 def timings(rows: Sequence[Timing]) -> Figure:
     """A bar per timing: the peer's time over ours."""
+    rows = [row for row in rows if math.isfinite(row.ratio) and row.ratio > 0]
     labels = list(dict.fromkeys(_label(row) for row in rows))
     figure, axes = _canvas(0.5 * len(labels) + 1.5)
     for direction in dict.fromkeys(row.direction for row in rows):
@@ -77,15 +77,16 @@ def timings(rows: Sequence[Timing]) -> Figure:
                 va="center",
                 fontsize=7.5,
             )
-    ratios = [row.ratio for row in rows if math.isfinite(row.ratio) and row.ratio > 0]
+    ratios = [row.ratio for row in rows]
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(min([0.6, *ratios]) / 1.35, max([1.6, *ratios]) * 1.35)
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}×")
-    axes.xaxis.set_minor_formatter(lambda value, position: f"{value:g}×" if len(labels) and max(ratios, default=1.0) < 5 else "")
+    axes.set_xlim(min([0.6, *ratios]) / 1.6, max([1.6, *ratios]) * 1.35)
+    low, high = axes.get_xlim()
+    ticks = [step * 10.0**power for power in range(-4, 5) for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("peer's time over ours (right of the line we are faster)")
-    _name_rows(axes, labels)
-    axes.legend(loc="lower right", frameon=True, fontsize=8)
+    _finish(axes, labels)
     return figure
 
 
@@ -100,11 +101,12 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+def _finish(axes: Axes, names: Sequence[str]) -> None:
     # the fonts at hand draw ASCII; any other letter would be a warning and a box
     axes.set_yticks(range(len(names)), [name.encode("ascii", "replace").decode() for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=8)
 
 
 def _label(row: Timing) -> str:
