@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
+import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 
@@ -27,14 +26,13 @@ except ModuleNotFoundError:
 
 if TYPE_CHECKING:
     from triton_attn.report.parts import Log
-    from triton_attn.report.rows import AnyRow
 
 BAD_ARGUMENT, INTERRUPTED = 2, 130
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _LONGEST = 24 * 3600.0
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[MECHANISM]...", help="Names from `triton-attn list`; none: all of them.")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="[MECHANISM]", help="Names from `triton-attn list`; none: all of them.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one.")]
 Seconds = Annotated[float, typer.Option(help="Stop after about so long; every mechanism gets its share of it.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line and nothing else.")]
@@ -49,6 +47,19 @@ app = typer.Typer(
 
 class BadArgument(Exception):
     """What was given and what is allowed, in one line."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"triton-attn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
 
 
 @app.command("list")
@@ -85,7 +96,7 @@ def explain(
     as_json: Json = False,
 ) -> int:
     """What a call would run, with which tiles, and why not something else. Nothing is run."""
-    from triton_attn.report import calls, tables, terminal
+    from triton_attn.report import calls, rows, tables, terminal
 
     mechanisms, where, targets = _known(names), _where(device_name), _targets(target) if target else []
     if dtype not in (None, *_DTYPES):
@@ -99,10 +110,12 @@ def explain(
                 wanted = _DTYPES[dtype] if dtype else torch.bfloat16 if kind == "cuda" else torch.float32
                 try:
                     yield calls.on_target(row, case, wanted, architecture) if architecture else calls.here(row, case, wanted, where)
-                except (ValueError, RuntimeError) as error:  # wrong arguments, no kernel where one was insisted on, no such memory
-                    raise BadArgument(str(error).partition("\n")[0]) from error
+                except (ValueError, NotImplementedError) as error:  # wrong arguments; no kernel, where one was insisted on
+                    raise BadArgument(str(error)) from error
+                except RuntimeError as error:
+                    raise BadArgument(f"{row.name}: no memory for {calls.sizes(case)}: {str(error).partition(chr(10))[0]}") from error
 
-    found = _each(explained(), as_json)
+    found = rows.collect(explained(), as_json)
     if not as_json:
         terminal.show(tables.calls(found))
     return 0
@@ -115,19 +128,21 @@ def verify(names: Names = None, device_name: Device = None, seconds: Seconds = m
     if where.type == "cuda" and device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set and device is cuda; unset it, or give --device cpu")
     if where.type == "cpu" and device.triton_version() and not device.interpreting():
+        from triton_attn.report import gather
+
         device.interpret()
-        return _again("verify", *(row.name for row in mechanisms), "--device", "cpu", seconds=seconds, as_json=as_json)
-    from triton_attn.report import parts, tables, terminal
+        return gather.again("verify", *(row.name for row in mechanisms), "--device", "cpu", seconds=seconds, as_json=as_json)
+    from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
     with terminal.progress(sum(len(row.cases) for row in mechanisms), json=as_json) as (log.tick, step):
-        rows = parts.verdicts(mechanisms, where, seconds, log)
-        found = _each(rows, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
+        results = parts.verdicts(mechanisms, where, seconds, log)
+        found = rows.collect(results, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
     faults = [f"{row.mechanism} {row.implementation} {row.case} {row.dtype}: {row.fault}" for row in found if row.fault]
     if not as_json:
         terminal.show(tables.checks(found))
         worst = f", the worst at {tables.percent(max(row.share for row in found))} of its bound" if found else ""
-        _conclude(f"{len(found)} checks{worst}", faults)
+        terminal.conclude(len(found), f"checks{worst}", faults)
     return _exit_code(log, faults)
 
 
@@ -146,17 +161,17 @@ def compile_kernels(
         raise BadArgument("triton is not installed: nothing can be compiled")
     if device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
-    from triton_attn.report import parts, tables, terminal
+    from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
     total = None if every_tile else parts.launches(mechanisms, targets, every_key=every_key)
     with terminal.progress(total, json=as_json) as (log.tick, step):
-        rows = parts.compiled(mechanisms, targets, seconds, log, every_key=every_key, every_tile=every_tile)
-        found = _each(rows, as_json, lambda done: step(len(done)))
+        results = parts.compiled(mechanisms, targets, seconds, log, every_key=every_key, every_tile=every_tile)
+        found = rows.collect(results, as_json, lambda done: step(len(done)))
     faults = [f"{row.mechanism}/{row.kernel}/{row.launch} {row.target} {row.key} {row.tile}: {row.fault}" for row in found if row.fault]
     if not as_json:
         terminal.show(tables.kernels(found))
-        _conclude(f"{len(found)} kernels compiled", faults)
+        terminal.conclude(len(found), "kernels compiled", faults)
     return _exit_code(log, faults)
 
 
@@ -164,12 +179,12 @@ def compile_kernels(
 def bench(names: Names = None, device_name: Device = None, seconds: Seconds = math.inf, as_json: Json = False) -> int:
     """Time every workload beside its peers, in turns."""
     mechanisms, where, seconds = _known(names), _where(device_name), _duration(seconds)
-    from triton_attn.report import parts, tables, terminal
+    from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
     with terminal.progress(sum(len(row.workloads[where.type]) for row in mechanisms), json=as_json) as (log.tick, step):
-        rows = parts.timings(mechanisms, where, seconds, log)
-        found = _each(rows, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
+        results = parts.timings(mechanisms, where, seconds, log)
+        found = rows.collect(results, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
     if not as_json:
         terminal.show(tables.timings(found))
     return _exit_code(log, [])
@@ -194,6 +209,7 @@ def report(
         (folder / markdown.PAGE).open("a", encoding="utf-8").close()
     except OSError as error:
         raise BadArgument(f"folder {str(folder)!r} cannot be written: {error.strerror}") from error
+    machine = {"triton_attn": __version__, **device.describe(), "python": platform.python_version(), "system": platform.platform()}
     catalog, whole, start = {row.name: row for row in mechanisms}, math.ceil(budget), time.perf_counter()
     with terminal.progress(whole, json=as_json) as (tick, step):
 
@@ -201,14 +217,14 @@ def report(
             tick(text)
             step(min(whole, int(time.perf_counter() - start)))
 
-        results = gather.gather(catalog, device.describe(), targets=targets, device=str(where), seconds=budget, tick=note)
+        results = gather.gather(catalog, machine, targets=targets, device=str(where), seconds=budget, tick=note)
     page = markdown.write(results, folder)
     if as_json:
         print(json.dumps({"page": str(page), "wrong": results.wrong, "left_out": results.notes, "seconds": round(results.seconds, 1)}))
     else:
         terminal.show(tables.summary(catalog, results.calls, results.verdicts, results.compiled, results.timings))
-        counts = f"{len(results.verdicts)} checks, {len(results.compiled)} kernels compiled, {len(results.timings)} timings"
-        _conclude(counts, results.wrong)
+        counted = f"checks, {len(results.compiled)} kernels compiled, {len(results.timings)} timings"
+        terminal.conclude(len(results.verdicts), counted, results.wrong)
         terminal.say(str(page))
     return int(bool(results.wrong))
 
@@ -219,9 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given == ["--version"]:
-            print(f"triton-attn {__version__}")
-            sys.exit(0)
         sys.exit(app(args=given or ["--help"], prog_name="triton-attn", standalone_mode=False) or 0)
     except (BadArgument, _UsageError) as error:
         complain(getattr(error, "format_message", error.__str__)())
@@ -229,9 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _known(names: Sequence[str] | None) -> list[Mechanism]:
@@ -279,46 +289,9 @@ def _sized(row: Mechanism, case: Case, given: Sequence[str]) -> Case:
     return Case(case.name, sizes, case.options)
 
 
-def _each(rows: Iterator[AnyRow], as_json: bool, done: Callable[[list[AnyRow]], Any] = lambda found: None) -> list[AnyRow]:
-    """Collect rows, printed as they come with --json."""
-    from triton_attn.report.rows import to_json
-
-    found = []
-    for row in rows:
-        found.append(row)
-        done(found)
-        if as_json:
-            print(to_json(row), flush=True)
-    return found
-
-
-def _conclude(counted: str, faults: Sequence[str]) -> None:
-    from triton_attn.report.terminal import say
-
-    for fault in faults:
-        say(fault, wrong=True)
-    say(f"{counted}: {f'{len(faults)} wrong' if faults else 'all right'}", wrong=bool(faults))
-
-
 def _exit_code(log: Log, faults: Sequence[str]) -> int:
-    from triton_attn.report.terminal import complain
+    from triton_attn.report.terminal import FAILED, complain
 
-    for text in (*log.left_out, *log.failed):
+    for text in (*log.left_out, *(FAILED + line for line in log.failed)):
         complain(text)
     return int(bool(faults or log.failed))
-
-
-def _again(*arguments: str, seconds: float, as_json: bool) -> int:
-    """The same command in a process where triton is yet to be imported, with this one's output as its own."""
-    command = [sys.executable, "-m", "triton_attn", *arguments, *(["--json"] if as_json else [])]
-    patience = _LONGEST
-    if seconds < _LONGEST:
-        command += ["--seconds", str(seconds)]
-        patience = 2 * seconds + 120
-    try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=patience, check=False).returncode
-    except subprocess.TimeoutExpired:
-        from triton_attn.report.terminal import complain
-
-        complain(f"{arguments[0]} did not end within {patience:.0f} s and was stopped")
-        return 1

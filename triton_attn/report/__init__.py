@@ -48,4 +48,6 @@ class Results:
         """One sentence."""
         if self.wrong:
             return f"{len(self.wrong)} thing{'s are' if len(self.wrong) > 1 else ' is'} wrong."
+        if not self.verdicts:
+            return "Nothing was checked."
         return f"All right: {len(self.verdicts)} checks within their bounds, {len(self.compiled)} compiled kernels that fit."

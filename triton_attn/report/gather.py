@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,9 +20,10 @@ from triton_attn.offline import Compiled
 from triton_attn.report import Results
 from triton_attn.report.calls import Call
 from triton_attn.report.rows import AnyRow, from_json
+from triton_attn.report.terminal import FAILED, PREFIX, complain
 from triton_attn.verify import Verdict
 
-PREFIX = "triton-attn: "  # of the lines that a part says on stderr
+_running: set[subprocess.Popen[str]] = set()
 _PATIENCE = 60.0  # for imports, and for the one case that was under way when the time ended
 _LONGEST = 24 * 3600.0
 _TIMED_APART = 0.4  # of the budget: timing shares the machine with nothing, checks and compiler share it
@@ -42,7 +46,12 @@ def gather(
     with ThreadPoolExecutor(2) as threads:
         checked = threads.submit(_part, Verdict, ["verify", *names, "--device", device], shared, results, tick)
         built = threads.submit(_part, Compiled, ["compile", *names, "--target", joined], shared, results, tick)
-        results.verdicts, results.compiled = checked.result(), built.result()
+        try:
+            results.verdicts, results.compiled = checked.result(), built.result()
+        except BaseException:  # an interrupt reaches this thread only
+            for process in list(_running):
+                _kill(process)
+            raise
     results.timings = _part(Timing, ["bench", *names, "--device", device], apart, results, tick)
     results.calls = _part(Call, ["explain", *names, "--device", device, "--target", joined], None, results, tick)
     results.seconds = time.perf_counter() - start
@@ -53,21 +62,31 @@ def _part(
     kind: type[AnyRow], arguments: Sequence[str], seconds: float | None, results: Results, tick: Callable[[str], None]
 ) -> list[AnyRow]:
     """Rows of one part as they come; what it leaves out and how it fails goes into `results`."""
+    part, rows = arguments[0], list[AnyRow]()
     command = [sys.executable, "-m", "triton_attn", *arguments, "--json"]
     if seconds is not None:
         command += ["--seconds", str(seconds)]
-    rows: list[AnyRow] = []
-    part, tail = arguments[0], ""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8")
-        stopped = threading.Event()
+    stopped = threading.Event()
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        ) as process,
+    ):
 
         def stop() -> None:
             stopped.set()
-            process.kill()
+            _kill(process)
 
         timer = threading.Timer(min((seconds or 0.0) + _PATIENCE, _LONGEST), stop)
         timer.start()
+        _running.add(process)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -79,15 +98,35 @@ def _part(
             code = process.wait()
         finally:
             timer.cancel()
-            process.kill()
-            process.wait()
+            _running.discard(process)
         said.seek(0)
-        for line in filter(None, map(str.strip, said)):
-            tail = line
-            if line.startswith(PREFIX) and code in (0, 1):
-                results.notes.append(f"{part}: {line.removeprefix(PREFIX)}")
+        lines = [line.strip() for line in said if line.strip()]
+    told = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
+    failed = [line for line in told if line.startswith(FAILED)]
+    results.faults += [f"{part} {line}" for line in failed]
     if stopped.is_set():
         results.faults.append(f"{part} did not end in time and was stopped")
-    elif code and not (code == 1 and any(getattr(row, "fault", "") for row in rows)):
-        results.faults.append(f"{part} ended with exit code {code}: {tail.removeprefix(PREFIX)}")
+    elif code > 1 or code < 0 or (code == 1 and not failed and not any(getattr(row, "fault", "") for row in rows)):
+        results.faults.append(f"{part} ended with exit code {code}: {lines[-1].removeprefix(PREFIX) if lines else 'no word said'}")
+    else:
+        results.notes += [f"{part}: {line}" for line in told if line not in failed]
     return rows
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a part that has not ended yet, and with it the process that `verify` may have started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def again(*arguments: str, seconds: float, as_json: bool) -> int:
+    """A command in a process where triton is yet to be imported, with this one's output as its own; its exit code."""
+    command, patience = [sys.executable, "-m", "triton_attn", *arguments, *(["--json"] if as_json else [])], _LONGEST
+    if seconds < _LONGEST:
+        command += ["--seconds", str(seconds)]
+        patience = 2 * seconds + _PATIENCE
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, timeout=patience, check=False).returncode
+    except subprocess.TimeoutExpired:
+        complain(f"{arguments[0]} did not end within {patience:.0f} s and was stopped")
+        return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, TypeAlias, TypeVar
 
@@ -33,6 +34,17 @@ def from_json(kind: type[AnyRow], line: str) -> AnyRow:
         return kind(**{**record, **infinite})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a row of {kind.__name__}: {error}") from error
+
+
+def collect(rows: Iterable[AnyRow], as_json: bool, done: Callable[[list[AnyRow]], object] = lambda found: None) -> list[AnyRow]:
+    """Take rows as they come; with `as_json` print each on stdout."""
+    found: list[AnyRow] = []
+    for row in rows:
+        found.append(row)
+        done(found)
+        if as_json:
+            print(to_json(row), flush=True)
+    return found
 
 
 def _finite(value: Any) -> Any:

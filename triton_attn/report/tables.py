@@ -151,7 +151,9 @@ def summary(
 
 def machine(facts: Mapping[str, Any]) -> Table:
     """The machine in two columns."""
-    cells = [(name, "none" if value in (None, [], "") else str(value)) for name, value in facts.items() if name != "gpus"]
+    cells = [
+        (name, "none" if value in (None, [], "") else str(value)) for name, value in facts.items() if name not in ("gpus", "interpreter")
+    ]
     for index, gpu in enumerate(facts.get("gpus", ())):
         gibibytes = gpu["memory"] / 2**30
         capability = ".".join(map(str, gpu["capability"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,6 +15,7 @@ from triton_attn.report.tables import Table
 
 Tick = Callable[[str], None]
 Step = Callable[[int], None]
+PREFIX, FAILED = "triton-attn: ", "failed: "  # of every line on stderr, and of one that tells of a fault
 _PIPE_WIDTH = 240  # where nobody wraps lines, no cell is cut
 
 
@@ -38,9 +39,17 @@ def say(text: str, *, wrong: bool = False) -> None:
     _console().print(Text(printable(text), style="bold red" if wrong else ""), soft_wrap=True)
 
 
+def conclude(count: int, counted: str, faults: Sequence[str]) -> None:
+    """What is wrong, and then the sum of it all."""
+    for fault in faults:
+        say(fault, wrong=True)
+    verdict = f"{len(faults)} wrong" if faults else "all right" if count else "nothing ran"
+    say(f"{count} {counted}: {verdict}", wrong=bool(faults))
+
+
 def complain(text: str) -> None:
     """One line on stderr."""
-    print(f"triton-attn: {printable(text)}", file=sys.stderr)
+    print(f"{PREFIX}{printable(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,38 @@
+"""What README and docs say is true of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import triton_attn
+from triton_attn import CATALOG
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102  our own page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_mechanism_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for row in CATALOG.values():
+        assert f"| `{row.name}` | {row.summary} |" in text
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in triton_attn.__all__:
+        if name != "CATALOG":
+            assert getattr(triton_attn, name).__doc__, name
