@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,12 +147,12 @@ def compare(
     naive, naive_gradients = reference(tensors, options, grads)
     found, gradients = run(tensors, options, grads)
     size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
+    judged = partial(numerics.compare, dtype=dtype, terms=max(sizes.values()), tf32=tf32)
     results = []
     for name, x, true, yardstick in zip(row.outputs, found, truth, naive, strict=True):
-        results.append(numerics.compare(name, x, true, size[name], dtype=dtype, yardstick=yardstick, tf32=tf32))
+        results.append(judged(name, x, true, size[name], yardstick=yardstick))
     for name, x, true, yardstick in zip(row.differentiable, gradients, true_gradients, naive_gradients, strict=True):
-        judged = numerics.compare(name, x, true, size[name], dtype=dtype, gradient=True, yardstick=yardstick, tf32=tf32)
-        results.append(numerics.Comparison(f"grad {name}", judged.ratio, judged.rms, judged.fault))
+        results.append(replace(judged(name, x, true, size[name], gradient=True, yardstick=yardstick), name=f"grad {name}"))
     return results
 
 

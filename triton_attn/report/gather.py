@@ -48,7 +48,7 @@ def gather(
         built = threads.submit(_part, Compiled, ["compile", *names, "--target", joined], shared, results, tick)
         try:
             results.verdicts, results.compiled = checked.result(), built.result()
-        except BaseException:  # an interrupt reaches this thread only
+        except BaseException:  # an interrupt reaches this thread only, and no process of another session
             for process in list(_running):
                 _kill(process)
             raise
@@ -96,6 +96,9 @@ def _part(
                     results.faults.append(f"{part} printed what is no result: {error}")
                 tick(f"{part}: {rows[-1].mechanism if rows else ''}, {len(rows)} results")
             code = process.wait()
+        except BaseException:
+            _kill(process)
+            raise
         finally:
             timer.cancel()
             _running.discard(process)

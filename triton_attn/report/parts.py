@@ -41,6 +41,7 @@ def verdicts(rows: Sequence[Mechanism], where: torch.device, seconds: float, log
     def run(row: Mechanism, share: float) -> Iterator[Verdict]:
         log.under_way = row.name
         try:
+            _load(row)
             yield from verify([row], where, seconds=share, tick=log)
         except Exception as error:  # noqa: BLE001  a kernel may fail in any way, and the other mechanisms are still to be checked
             yield Verdict(row.name, "stopped", log.under_way, "", where.type, math.inf, "", 0.0, complaint(error))
@@ -54,6 +55,7 @@ def compiled(
     """`compile_rows`."""
 
     def run(pair: tuple[Mechanism, str], share: float) -> Iterator[Compiled]:
+        _load(pair[0])
         return compile_rows([pair[0]], [pair[1]], tables=every_key, every=every_tile, seconds=share, tick=log)
 
     return _shared([(f"{row.name} for {target}", (row, target)) for row, target in product(rows, targets)], seconds, run, log)
@@ -83,6 +85,13 @@ def complaint(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _load(row: Mechanism) -> None:
+    """Import its kernels, so that this counts for nobody's time."""
+    if device.triton_version():
+        for kernel in row.kernels:
+            kernel.load()
 
 
 def _shared(

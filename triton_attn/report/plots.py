@@ -34,16 +34,16 @@ def draw(results: Results, folder: Path) -> None:
 
 def checks(rows: Sequence[Verdict]) -> Figure:
     """A line per mechanism, a dot per check: its share of the bound, which ends at 100 %."""
-    names = list(dict.fromkeys(row.mechanism for row in rows))
+    names = list(dict.fromkeys(_drawable(row.mechanism) for row in rows))
     shares = [min(max(row.share, _LEAST), 10.0) if math.isfinite(row.share) else 10.0 for row in rows]
     figure, axes = _canvas(0.42 * len(names) + 1.5)
     for label, color, marker, kernel in (("kernel", _KERNEL, "o", True), ("portable", _PORTABLE, "s", False)):
         picked = [
             (share, row) for share, row in zip(shares, rows, strict=True) if (row.implementation != "portable") == kernel and not row.fault
         ]
-        heights = [names.index(row.mechanism) + (-0.16 if kernel else 0.16) for _, row in picked]
+        heights = [names.index(_drawable(row.mechanism)) + (-0.16 if kernel else 0.16) for _, row in picked]
         axes.scatter([share for share, _ in picked], heights, s=18, c=color, marker=marker, alpha=0.75, linewidths=0, label=label)
-    faulty = [(share, names.index(row.mechanism)) for share, row in zip(shares, rows, strict=True) if row.fault]
+    faulty = [(share, names.index(_drawable(row.mechanism))) for share, row in zip(shares, rows, strict=True) if row.fault]
     if faulty:
         axes.scatter([share for share, _ in faulty], [height for _, height in faulty], s=36, c=_WRONG, marker="X", label="wrong")
     axes.axvline(1.0, color=_WRONG, linewidth=1)
@@ -66,7 +66,7 @@ def timings(rows: Sequence[Timing]) -> Figure:
         heights = [labels.index(_label(row)) + (-0.19 if forward else 0.19) for row in picked]
         # from 1, so that slower points left and faster right
         lengths = [row.ratio - 1.0 for row in picked]
-        axes.barh(heights, lengths, height=0.36, left=1.0, color=_FORWARD if forward else _BOTH, label=direction)
+        axes.barh(heights, lengths, height=0.36, left=1.0, color=_FORWARD if forward else _BOTH, label=_drawable(direction))
         for height, row in zip(heights, picked, strict=True):
             axes.annotate(
                 f"{row.ratio:.2f}×",
@@ -102,12 +102,16 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes, names: Sequence[str]) -> None:
-    # the fonts at hand draw ASCII; any other letter would be a warning and a box
-    axes.set_yticks(range(len(names)), [name.encode("ascii", "replace").decode() for name in names])
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=8)
 
 
+def _drawable(text: str) -> str:
+    # the fonts at hand draw ASCII; any other letter would be a warning and a box
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)
+
+
 def _label(row: Timing) -> str:
-    return f"{row.mechanism}, {row.case}\nbeside {row.peer}, {row.dtype}"
+    return f"{_drawable(f'{row.mechanism}, {row.case}')}\n{_drawable(f'beside {row.peer}, {row.dtype}')}"

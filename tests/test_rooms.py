@@ -1,0 +1,403 @@
+"""The house is kept: who may import whom, what no file may hold, and that every row of the catalogue is complete."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triton_attn import CATALOG, device, offline
+from triton_attn.mechanism import Kernel, Launch, Mechanism
+from triton_attn.tiles import Tile
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "triton_attn"
+MOST_LINES, MOST_LINES_OF_CASES = 350, 450  # tests are tables of cases
+
+BELOW = "mechanism device arguments tiles dispatch operators"
+WORKERS = "verify tune bench capacity offline"
+
+# room: what it may import of ours, and of others beside the standard library; the first row that fits counts
+MAY_IMPORT: dict[str, tuple[str, str]] = {
+    "mechanism": ("", ""),
+    "device": ("", "torch triton"),
+    "arguments": ("mechanism", "torch"),
+    "tiles": ("device", ""),
+    "dispatch": ("mechanism device arguments tiles", "torch"),
+    "operators": ("mechanism device arguments tiles dispatch", "torch"),
+    "reference.*": ("reference._*", "torch einops"),
+    "portable.*": ("portable._* reference._*", "torch einops"),
+    "kernels.*": ("kernels._* tiles device reference._dropout", "torch triton"),
+    "functional.__init__": ("functional.*", ""),
+    "functional.*": (f"{BELOW} functional._* reference.* portable.* kernels.*", "torch"),
+    "catalog": ("mechanism operators functional.*", ""),
+    "testing.*": ("mechanism device tiles testing.*", "torch triton numpy hypothesis pytest"),
+    WORKERS: (f"{BELOW} catalog testing.* {WORKERS}", "torch triton"),
+    "report.*": (f"{BELOW} catalog testing.* {WORKERS} report.*", "torch rich jinja2 markupsafe matplotlib"),
+    "cli": (f"{BELOW} catalog testing.* {WORKERS} report.* __init__", "torch typer rich platformdirs"),
+    "__main__": ("cli", ""),
+    "__init__": ("arguments catalog dispatch tiles functional.*", ""),
+    "nn.*": ("__init__ nn.*", "torch"),
+    "models.*": ("__init__ nn.* models.*", "torch"),
+    "integrations.*": ("__init__ nn.*", "torch transformers open_clip timm"),
+}
+
+
+def fits(name: str, patterns: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns.split())
+
+
+def module_of(path: str) -> str:
+    """kernels/attention.py -> kernels.attention; triton_attn/report/__init__.py -> report.__init__"""
+    return path.removeprefix("triton_attn/").removesuffix(".py").replace("/", ".")
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names: modules where they are ours, packages where they are not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                inner = ROOT.joinpath(*base.split("."), alias.name)
+                yield f"{base}.{alias.name}" if inner.is_dir() or inner.with_suffix(".py").is_file() else base
+
+
+def ours(name: str) -> str:
+    """triton_attn.report -> report.__init__"""
+    path = ROOT.joinpath(*name.split("."))
+    return f"{name}.__init__".removeprefix("triton_attn.") if path.is_dir() else name.removeprefix("triton_attn.")
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the file is imported: no bodies of functions, nothing for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from at_import(child)
+
+
+# a rule: (path, tree) -> complaints
+
+
+def imports_go_one_way(path: str, tree: ast.AST) -> Iterator[str]:
+    known = next((MAY_IMPORT[rooms] for rooms in MAY_IMPORT if fits(module_of(path), rooms)), None)
+    if known is None:
+        yield "a room that the table of import directions does not know"
+        return
+    of_ours, of_others = known
+    for name in imported(tree):
+        if name.split(".")[0] == "triton_attn":
+            if not fits(ours(name), of_ours):
+                yield f"imports {name}"
+        elif name.split(".")[0] not in {*sys.stdlib_module_names, *of_others.split()}:
+            yield f"imports {name}"
+
+
+def triton_waits_for_a_kernel(path: str, tree: ast.AST) -> Iterator[str]:
+    if path.startswith("kernels/"):
+        return
+    for node in at_import(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            wrapped = ast.Module([node], [])
+            yield from (f"imports {name}" for name in imported(wrapped) if f"{name}.".startswith(("triton.", "triton_attn.kernels.")))
+
+
+def nothing_is_imported_by_a_string(path: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).split(".")[-1] in ("import_module", "__import__"):
+            yield ast.unparse(node)
+
+
+def only_device_reads_the_environment(path: str, tree: ast.AST) -> Iterator[str]:
+    if path == "triton_attn/device.py":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from (f"imports os.{alias.name}" for alias in node.names if "env" in alias.name)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.environb", "os.getenv", "os.putenv"):
+            yield ast.unparse(node)
+
+
+def files_say_what_they_hold(path: str, tree: ast.AST) -> Iterator[str]:
+    for word in re.split(r"[\W_]+", path.removesuffix(".py")):
+        if re.fullmatch(r"utils?|helpers?|misc|common|v\d+|new|old|og|wip", word):
+            yield f"is called {word!r}"
+
+
+def nothing_is_unpickled_or_evaluated(path: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from (
+                f"imports {name}" for name in names if re.match(r"(c?pickle|_pickle|dill|cloudpickle|joblib|marshal|shelve)\b", name)
+            )
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            yield f"calls {node.func.id}"
+        elif isinstance(node, ast.keyword) and ast.unparse(node) in ("shell=True", "weights_only=False"):
+            yield ast.unparse(node)
+
+
+def launches_stand_under_the_guard(path: str, tree: ast.AST) -> Iterator[str]:
+    guarded = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and any(ast.unparse(item.context_expr).startswith("device.guard(") for item in node.items)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and ast.unparse(node.func.value).endswith("_kernel")
+        if launch and node not in guarded:
+            yield f"launches {ast.unparse(node).split('[')[0]}"
+
+
+def comparisons_are_asserted(path: str, tree: ast.AST) -> Iterator[str]:
+    for statement in ast.walk(tree):
+        if not isinstance(statement, ast.Expr):
+            continue
+        value = statement.value
+        while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in ("all", "any", "item"):
+            value = value.func.value
+        called = ast.unparse(value.func).split(".")[-1] if isinstance(value, ast.Call) else ""
+        if isinstance(value, ast.Compare) or called in ("allclose", "equal", "isclose", "array_equal", "eq", "is_close"):
+            yield ast.unparse(statement)
+
+
+Rule = Callable[[str, ast.AST], Iterator[str]]
+HOUSE, TESTS = ("triton_attn", "kernels", "reference"), ("tests",)
+SHOWN = (*HOUSE, "benchmarks", "examples", "docs")  # tests may run the code of the docs
+EVERYWHERE = (*SHOWN, *TESTS)
+# a rule, where it holds, and what it must complain of: (path, source)
+RULES: list[tuple[Rule, tuple[str, ...], list[tuple[str, str]]]] = [
+    (
+        imports_go_one_way,
+        HOUSE,
+        [
+            ("triton_attn/mechanism.py", "import torch"),
+            ("triton_attn/mechanism.py", "from triton_attn import device"),
+            ("triton_attn/dispatch.py", "def f():\n    from triton_attn.functional.attention import ROW"),
+            ("triton_attn/functional/attention.py", "from triton_attn.catalog import CATALOG"),
+            ("triton_attn/functional/attention.py", "from triton_attn import CATALOG"),
+            ("triton_attn/functional/attention.py", "from . import hydra"),
+            ("triton_attn/catalog.py", "import triton_attn.verify"),
+            ("triton_attn/verify.py", "from triton_attn.report import tables"),
+            ("triton_attn/report/tables.py", "from triton_attn import cli"),
+            ("triton_attn/report/tables.py", "import tests.test_rooms"),
+            ("triton_attn/bench.py", "from benchmarks import peers"),
+            ("triton_attn/testing/laws.py", "from triton_attn import verify"),
+            ("triton_attn/nn/attention.py", "from triton_attn import operators"),
+            ("triton_attn/portable/attention.py", "from triton_attn.reference.attention import visible"),
+            ("triton_attn/drawer.py", ""),
+            ("kernels/hydra.py", "from triton_attn.kernels import attention"),
+            ("kernels/hydra.py", "from triton_attn.reference.attention import bound"),
+            ("kernels/hydra.py", "from triton_attn import dispatch"),
+            ("reference/hydra.py", "from triton_attn.reference.attention import attention"),
+            ("reference/hydra.py", "import triton"),
+            ("reference/hydra.py", "import numpy as np"),
+        ],
+    ),
+    (
+        triton_waits_for_a_kernel,
+        HOUSE,
+        [
+            ("triton_attn/offline.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass"),
+            ("triton_attn/offline.py", "class A:\n    from triton import knobs"),
+            ("triton_attn/functional/attention.py", "from triton_attn.kernels import attention"),
+        ],
+    ),
+    (
+        nothing_is_imported_by_a_string,
+        HOUSE,
+        [("triton_attn/catalog.py", "import importlib\nimportlib.import_module('x')"), ("triton_attn/catalog.py", "__import__('x')")],
+    ),
+    (
+        only_device_reads_the_environment,
+        HOUSE,
+        [
+            ("triton_attn/tiles.py", "import os\nos.environ['X']"),
+            ("kernels/attention.py", "import os\nos.getenv('X')"),
+            ("reference/attention.py", "from os import environ as e"),
+        ],
+    ),
+    (
+        files_say_what_they_hold,
+        EVERYWHERE,
+        [
+            (path, "")
+            for path in ("triton_attn/utils.py", "tests/helpers/x.py", "kernels/_common.py", "kernels/attention_v2.py", "docs/misc.py")
+        ],
+    ),
+    (
+        nothing_is_unpickled_or_evaluated,
+        SHOWN,
+        [
+            ("benchmarks/x.py", "import pickle"),
+            ("benchmarks/x.py", "from pickle import loads"),
+            ("benchmarks/x.py", "eval('1')"),
+            ("benchmarks/x.py", "exec('1')"),
+            ("benchmarks/x.py", "import subprocess\nsubprocess.run('ls', shell=True)"),
+            ("benchmarks/x.py", "import torch\ntorch.load('x', weights_only=False)"),
+        ],
+    ),
+    (
+        launches_stand_under_the_guard,
+        HOUSE,
+        [("kernels/x.py", "def f(q):\n    with device.guard(q):\n        forward_kernel[grid](q)\n    loop.backward_kernel[grid](q)")],
+    ),
+    (
+        comparisons_are_asserted,
+        TESTS,
+        [
+            ("tests/x.py", "torch.allclose(a, b)"),
+            ("tests/x.py", "def test() -> None:\n    a.equal(b)"),
+            ("tests/x.py", "torch.isclose(a, b).all()"),
+            ("tests/x.py", "with use_backend('auto'):\n    a == b"),
+            ("tests/x.py", "(a < b).all()"),
+        ],
+    ),
+]
+FILES = {room: sorted(path for path in (ROOT / room).rglob("*.py") if "__pycache__" not in path.parts) for room in EVERYWHERE}
+NAMES = [rule.__name__ for rule, _, _ in RULES]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def files_of(rooms: tuple[str, ...]) -> Iterator[Path]:
+    """Every file once: the linked rooms count as themselves."""
+    for room in rooms:
+        yield from (path for path in FILES[room] if not relative(path).startswith(("triton_attn/kernels", "triton_attn/reference")))
+
+
+def test_the_rooms_are_where_the_rules_look() -> None:
+    seen = {relative(path) for path in files_of(EVERYWHERE)}
+    assert seen >= {"kernels/attention.py", "reference/attention.py", "triton_attn/portable/attention.py", "tests/test_rooms.py"}
+
+
+@pytest.mark.parametrize(("rule", "rooms", "bad"), RULES, ids=NAMES)
+def test_every_file_keeps_the_rule(rule: Rule, rooms: tuple[str, ...], bad: list[tuple[str, str]]) -> None:
+    complaints = [f"{relative(path)}: {said}" for path in files_of(rooms) for said in rule(relative(path), ast.parse(path.read_text()))]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(("rule", "rooms", "bad"), RULES, ids=NAMES)
+def test_the_rule_complains_of_every_file_that_breaks_it(rule: Rule, rooms: tuple[str, ...], bad: list[tuple[str, str]]) -> None:
+    assert [case for case in bad if len(list(rule(case[0], ast.parse(case[1])))) != 1] == []
+
+
+def test_files_stay_short_enough_to_read() -> None:
+    most = {room: MOST_LINES_OF_CASES if room == "tests" else MOST_LINES for room in EVERYWHERE}
+    lengths = {relative(path): len(path.read_text().splitlines()) for path in files_of(EVERYWHERE)}
+    assert {path: length for path, length in lengths.items() if length > most[path.split("/")[0]]} == {}
+
+
+# the rows
+
+EACH_ROW = pytest.mark.parametrize("row", CATALOG.values(), ids=CATALOG.keys())
+
+
+def launches() -> Iterator[Any]:
+    for row in CATALOG.values():
+        for kernel in row.kernels:
+            yield from (pytest.param(kernel, launch, id=f"{row.name}-{kernel.name}-{launch.name}") for launch in kernel.launches)
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[Any, ...]]:
+    """Name, kind, default and annotation of each, but for what only implementations take."""
+    every = inspect.signature(function, eval_str=True).parameters.values()
+    assert all(p.kind is p.KEYWORD_ONLY for p in every if p.name in ("seed", "tile"))
+    return [(p.name, p.kind, p.default, p.annotation) for p in every if p.name not in ("seed", "tile")]
+
+
+@EACH_ROW
+def test_portable_and_reference_take_what_the_public_function_takes(row: Mechanism) -> None:
+    assert parameters(row.portable) == parameters(row.function)
+    assert parameters(row.reference) == parameters(row.function)
+    assert not {"seed", "tile"} & inspect.signature(row.function).parameters.keys()
+
+
+@EACH_ROW
+def test_every_kernel_loads_and_takes_what_the_public_function_takes(row: Mechanism) -> None:
+    pytest.importorskip("triton")
+    for kernel in row.kernels:
+        code = kernel.load()
+        assert parameters(code.forward) == parameters(row.function)
+        assert code.spaces.keys() == {launch.name for launch in kernel.launches}
+
+
+@EACH_ROW
+def test_the_row_and_the_signature_name_the_same_arguments(row: Mechanism) -> None:
+    seeds = {name for name, given in row.inputs.items() if given.kind == "seed"}
+    assert {*row.inputs, *row.options, row.more} - seeds == inspect.signature(row.function).parameters.keys()
+    assert seeds <= inspect.signature(row.reference).parameters.keys()
+
+
+@EACH_ROW
+def test_the_last_kernel_serves_every_gpu_of_the_others_and_computes_every_gradient(row: Mechanism) -> None:
+    *others, general = row.kernels
+    assert {capability for kernel in others for capability in kernel.capabilities} <= set(general.capabilities) <= device.LIMITS.keys()
+    assert {name for launch in general.launches for name in launch.gradients} == set(row.differentiable)
+
+
+@EACH_ROW
+def test_the_docs_and_the_docstring_name_every_argument(row: Mechanism) -> None:
+    page = ROOT / "docs" / f"{row.name}.md"
+    assert page.is_file()
+    text = inspect.getdoc(row.function) or ""
+    for section in ("Args", "Returns", "Raises", "Source"):
+        assert re.search(rf"^{section}: *", text, re.MULTILINE), section
+    arguments = text.partition("\nArgs:\n")[2].partition("\nReturns:")[0]
+    assert re.findall(r"^    (\w+):", arguments, re.MULTILINE) == list(inspect.signature(row.function).parameters)
+
+
+def visible(row: Mechanism) -> Callable[..., torch.Tensor] | None:
+    """The reference's visibility mask, where the row's pairs are counted by alignment alone."""
+    found = getattr(inspect.getmodule(row.reference), "visible", None)
+    return found if found and list(inspect.signature(found).parameters) == ["scores", "mask", "key_padding_mask", "causal"] else None
+
+
+SOFTMAX = {name: row for name, row in CATALOG.items() if visible(row)}
+
+
+def test_dense_attention_is_among_the_rows_whose_pairs_are_counted() -> None:
+    assert "attention" in SOFTMAX
+
+
+@pytest.mark.parametrize("row", SOFTMAX.values(), ids=SOFTMAX.keys())
+@pytest.mark.parametrize("causal", [False, True, "", "top_left", "bottom_right"], ids=repr)
+def test_the_work_model_counts_the_pairs_that_the_reference_sees(row: Mechanism, causal: bool | str) -> None:
+    count = visible(row)
+    assert count is not None
+    for m, n in itertools.product((0, 1, 2, 5, 8), repeat=2):
+        if causal is True and m != n:
+            continue
+        for b, h, g, d, e in ((1, 1, 1, 1, 1), (2, 6, 2, 3, 5), (0, 2, 2, 4, 4)):
+            pairs = int(count(torch.zeros(b, h, m, n), None, None, causal).sum())
+            work = row.work({"b": b, "h": h, "g": g, "m": m, "n": n, "d": d, "e": e}, {"causal": causal}, 2)
+            assert work.flops == 2 * (d + e) * pairs
+            assert work.exponentials == pairs
+
+
+@pytest.mark.parametrize(("kernel", "launch"), list(launches()))
+def test_every_launch_has_tiles_for_every_gpu_and_every_key(kernel: Kernel, launch: Launch) -> None:
+    pytest.importorskip("triton")
+    space = kernel.load().spaces[launch.name]
+    for capability, key in itertools.product(device.LIMITS, offline.keys()):
+        candidates = list(space.of(capability, key))
+        assert candidates, (capability, key)
+        assert len(set(candidates)) == len(candidates), (capability, key)
+        assert [Tile.parse(str(tile)) for tile in (space.first(key), *candidates)] == [space.first(key), *candidates]
