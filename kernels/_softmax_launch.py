@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_attn import device
 from triton_attn.kernels import _dropout, _softmax, _softmax_backward
 from triton_attn.reference._dropout import rescale, threshold
-from triton_attn.tiles import Key, Space, Tile, find
+from triton_attn.tiles import WIDTHS, Key, Space, Tile, find
 
 MODULES = (_softmax, _softmax_backward, _dropout)
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "forward", "backward_query", "backward_key"
@@ -60,7 +60,7 @@ Tiles = Tile | Mapping[str, Tile] | None
 def key(query: Tensor, value: Tensor, extras: Extras) -> Key:
     """What this call's tiles depend on."""
     operands = "16bit" if query.element_size() == 2 else "float32" if _precision() == "ieee" else "tf32"
-    return Key(operands, max(_padded(query.shape[-1]), _padded(value.shape[-1])), extras.plain)
+    return Key(operands, max(WIDTHS[0], _padded(query.shape[-1]), _padded(value.shape[-1])), extras.plain)
 
 
 def forward(

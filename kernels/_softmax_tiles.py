@@ -13,23 +13,24 @@ from triton_attn.tiles import Key, Space, Tile, ranges
 
 
 def _wide_operands(key: Key) -> Sequence[Tile]:
-    """float32 and tf32: half the elements fit, and without tensor cores a product holds its operands in registers."""
-    blocks = (64, 32, 16) if key.width <= 64 else (32, 16)
-    return tuple(ranges(blocks, (32, 16), (4, 8), (2, 1)))
+    """float32 and tf32: half the elements fit; exact float32 has no tensor cores, and its products are unrolled into registers."""
+    if key.operands == "tf32" or key.width <= 32:
+        return tuple(ranges((64, 32, 16), (32, 16), (4, 8), (2, 1)))
+    rows = (32, 16) if key.width <= 128 else (16,)
+    return tuple(ranges(rows, (32, 16) if key.width <= 64 else (16,), (4, 8), (2, 1)))
 
 
-def _laden(key: Key) -> Sequence[Tile]:
-    """A mask, padding and dropout beside the loop take the registers of half a tile."""
-    if key.width <= 32:
-        return tuple(ranges((128, 64), (32, 16), (8, 4), (2, 1)))
-    return tuple(ranges((64, 32, 16), (32, 16), (8, 4), (2, 1)))
+def _laden(key: Key, *, backward: bool) -> Sequence[Tile]:
+    """A mask, padding and dropout beside the loop take the registers of half a tile, of more in the backward pass."""
+    rows = {32: (128, 64), 64: (64, 32), 128: (32, 16) if backward else (64, 32), 256: (16,) if backward else (32, 16)}
+    return tuple(ranges(rows[key.width], (32, 16), (8, 4), (2, 1)))
 
 
 def _forward_sm80(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
     if not key.plain:
-        return _laden(key)
+        return _laden(key, backward=False)
     if key.width <= 64:
         return tuple(ranges((128, 64), (64, 32), (4, 8), (3, 2)))
     return tuple(ranges((128, 64), (64, 32), (8, 4), (3, 2, 1)))
@@ -39,7 +40,7 @@ def _forward_sm90(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
     if not key.plain:
-        return _laden(key)
+        return _laden(key, backward=False)
     return tuple(ranges((128, 64), (128, 64, 32), (8, 4), (2, 3, 1)))
 
 
@@ -52,7 +53,7 @@ def _backward_query(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
     if not key.plain:
-        return _laden(key)
+        return _laden(key, backward=True)
     return tuple(ranges((128, 64, 32), (64, 32), (8, 4), (2, 1)))
 
 
@@ -60,7 +61,7 @@ def _backward_key(key: Key) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
     if not key.plain:
-        return _laden(key)
+        return _laden(key, backward=True)
     return tuple(ranges((64, 32, 16), (128, 64, 32), (8, 4), (2, 1)))
 
 

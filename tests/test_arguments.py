@@ -278,6 +278,11 @@ def test_with_equal_lengths_every_causal_alignment_is_one(backend: str) -> None:
         assert not torch.equal(results[0], attention(q, k, v))
 
 
+def test_a_call_on_the_meta_device_gives_shapes() -> None:
+    out, lse = attention(**everything(device="meta"), return_lse=True)
+    assert (out.device.type, out.shape, lse.shape, lse.dtype) == ("meta", (2, 4, 5, 8), (2, 4, 5), torch.float32)
+
+
 def test_the_public_errors_are_catchable_by_torchs_own_names() -> None:
     assert issubclass(triton_attn.ArgumentError, ValueError)
     assert issubclass(ArgumentTypeError, TypeError)

@@ -105,8 +105,8 @@ def test_list_as_markdown_is_a_row_per_mechanism(command: Command) -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_listing_imports_neither_matplotlib_nor_triton() -> None:
-    code = "import atexit, sys; atexit.register(lambda: print(sorted({'matplotlib', 'triton', 'jinja2'} & set(sys.modules))))"
+def test_listing_imports_neither_matplotlib_nor_jinja2() -> None:
+    code = "import atexit, sys; atexit.register(lambda: print(sorted({'matplotlib', 'jinja2'} & set(sys.modules))))"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nfrom triton_attn.cli import main\nmain(['list'])"],
         cwd=ROOT,
@@ -429,7 +429,8 @@ def test_report_runs_the_lot_and_writes_it_down(tmp_path: Path) -> None:
     assert summary["page"] == str(tmp_path / "report.md")
     assert summary["wrong"] == []
     text = Path(summary["page"]).read_text(encoding="utf-8")
-    for kind, file in ((Verdict, "verify"), (Compiled, "compile"), (Timing, "bench"), (Call, "explain")):
+    kinds: list[tuple[Any, str]] = [(Verdict, "verify"), (Compiled, "compile"), (Timing, "bench"), (Call, "explain")]
+    for kind, file in kinds:
         found = [rows.from_json(kind, line) for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()]
         assert found
         assert {row.mechanism for row in found} == {FIRST}

@@ -7,11 +7,13 @@ stand for the arguments. The interpreter must be off: it accepts what the compil
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -139,22 +141,82 @@ def compile_rows(
     tables: bool = False,
     every: bool = False,
     seconds: float = float("inf"),
+    jobs: int = 1,
     tick: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Compiled]:
     """Compile launches for targets: representative keys with the tile a call would get, `tables` for every key, `every` for all
-    candidate tiles. Past `seconds` the rest waits."""
-    start = time.perf_counter()
+    candidate tiles. Past `seconds` the rest waits; `jobs` processes share the work."""
+    tasks = []
     for row, target in product(rows, targets):
         for kernel, launch, space in _launches(row, device.capability(target)):
             for key in keys() if tables or every else REPRESENTATIVE:
                 full = f"{row.name}/{kernel.name}/{launch.name}"
                 nominal = device.Profile(target, device.capability(target))
                 candidates = space.of(nominal.capability, key) if every else (tiles.look_up(full, space, key, nominal).tile,)
-                for tile in candidates:
-                    if time.perf_counter() - start > seconds:
-                        return
-                    tick(f"{full} {target} {key} {tile}")
-                    yield compile_tile(row, kernel, launch, key, tile, target)
+                tasks += [(row.name, kernel.name, launch.name, key, (tile,), target) for tile in candidates]
+    start = time.perf_counter()
+    for task, result in _shared_out(tasks, jobs):
+        tick(f"{task[0]}/{task[1]}/{task[2]} {task[-1]} {task[3]}")
+        if result is not None:
+            yield result
+        if time.perf_counter() - start > seconds:
+            return
+
+
+def choose_tiles(
+    rows: Sequence[Mechanism], target: str, *, jobs: int = 1, tick: Callable[[str], None] = lambda text: None
+) -> dict[str, dict[str, Any]]:
+    """A table for a target without a GPU: per launch and key the first candidate that compiles, fits and does not spill."""
+    tasks, spaces = [], {}
+    for row in rows:
+        for kernel, launch, space in _launches(row, device.capability(target)):
+            spaces[f"{row.name}/{kernel.name}/{launch.name}"] = space
+            for key in keys():
+                candidates = tuple(space.of(device.capability(target), key))
+                tasks.append((row.name, kernel.name, launch.name, key, candidates, target))
+    table: dict[str, dict[str, Any]] = {}
+    for task, result in _shared_out(tasks, jobs):
+        full = "/".join(task[:3])
+        tick(f"{full} {target} {task[3]}: {'refused' if result is None else result.fault or result.tile}")
+        if result is not None and not result.fault:
+            evidence = f"offline, triton {device.triton_version()}"
+            entry = table.setdefault(full, {"hash": tiles.source_hash(spaces[full].modules), "evidence": evidence, "tiles": {}})
+            entry["tiles"][result.key] = tiles.Tile.parse(result.tile)
+    return table
+
+
+Task = tuple[str, str, str, tiles.Key, tuple[tiles.Tile, ...], str]  # row, kernel, launch, key, candidates, target
+
+
+def _shared_out(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | None]]:
+    """Run tasks in order, in this process or in several."""
+    if jobs == 1:
+        yield from ((task, first_legal(task)) for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(first_legal, task) for task in tasks]
+        try:
+            yield from ((task, future.result()) for task, future in zip(tasks, futures, strict=True))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def first_legal(task: Task) -> Compiled | None:
+    """The first candidate that compiles, fits and does not spill; else the last; None where the kernel refuses such calls."""
+    from triton_attn.catalog import CATALOG
+
+    name, kernel_name, launch_name, key, candidates, target = task
+    row = CATALOG[name]
+    kernel = next(kernel for kernel in row.kernels if kernel.name == kernel_name)
+    launch = next(launch for launch in kernel.launches if launch.name == launch_name)
+    result = None
+    for tile in candidates:
+        result = compile_tile(row, kernel, launch, key, tile, target)
+        if result.usage is None and not result.fault:
+            return None
+        if not result.fault:
+            break
+    return result
 
 
 def _launches(row: Mechanism, capability: tuple[int, int]) -> Iterator[tuple[Kernel, Launch, tiles.Space]]:
@@ -215,12 +277,3 @@ def _probe(
     finally:
         torch.set_float32_matmul_precision(precision)
     return usage(compiled[-1])
-
-
-def legal_tile(row: Mechanism, kernel: Kernel, launch: Launch, space: tiles.Space, key: tiles.Key, target: str) -> Compiled | None:
-    """The first candidate that compiles, fits and does not spill; None if there is none."""
-    for tile in space.of(device.capability(target), key):
-        result = compile_tile(row, kernel, launch, key, tile, target)
-        if result.usage is not None and not result.fault:
-            return result
-    return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CHECKS, TIMINGS = "checks.svg", "timings.svg"
 _KERNEL, _PORTABLE, _WRONG, _FORWARD, _BOTH = "#0072b2", "#e69f00", "#c1272d", "#0072b2", "#56b4e9"
-_WIDTH, _LEAST = 9.0, 1e-3
+_WIDTH, _LEAST, _LONGEST_NAME = 9.0, 1e-3, 40
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -110,7 +110,8 @@ def _finish(axes: Axes, names: Sequence[str]) -> None:
 
 def _drawable(text: str) -> str:
     # the fonts at hand draw ASCII; any other letter would be a warning and a box
-    return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)
+    drawn = "".join(char if char.isascii() and char.isprintable() else "?" for char in text)
+    return drawn if len(drawn) <= _LONGEST_NAME else f"{drawn[: _LONGEST_NAME - 3]}..."
 
 
 def _label(row: Timing) -> str:
