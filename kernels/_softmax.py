@@ -16,6 +16,8 @@ from triton_attn.kernels._dropout import kept
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# lengths and counts change from call to call: a binary for each of their divisors would be compiled again and again
+VARYING = ["heads", "group", "tiles", "len_m", "len_n", "threshold", "numbers"]
 NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -80,7 +82,7 @@ def not_padded(padding_ptr, padding_strides, batch, n, in_n):
     return in_n & (tl.load(pointers, mask=in_n, other=1) == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q_ptr,
     k_ptr,

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from triton_attn.kernels._dropout import kept
-from triton_attn.kernels._softmax import ADDITIVE, LOG2E, NO_MASK, hide, load_rows, not_padded, power, store_rows
+from triton_attn.kernels._softmax import ADDITIVE, LOG2E, NO_MASK, VARYING, hide, load_rows, not_padded, power, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tiles", "len_m"])
 def delta_kernel(
     out_ptr,
     grad_ptr,
@@ -51,7 +51,7 @@ def load_lse(lse_ptr, head, len_m, m, in_m, MASK: tl.constexpr):
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_query_kernel(
     q_ptr,
     k_ptr,
@@ -143,7 +143,7 @@ def backward_query_kernel(
     store_rows(dq_ptr + batch * dq_strides[0] + h * dq_strides[1], m, in_m, dq_strides[2], dq_strides[3], dq * natural_scale, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_key_kernel(
     q_ptr,
     k_ptr,

@@ -41,7 +41,8 @@ def _forward_sm90(key: Key) -> Sequence[Tile]:
         return _wide_operands(key)
     if not key.plain:
         return _laden(key, backward=False)
-    return tuple(ranges((128, 64), (128, 64, 32), (8, 4), (2, 3, 1)))
+    keys = (128, 64, 32) if key.width <= 128 else (64, 32)
+    return tuple(ranges((128, 64), keys, (8, 4), (2, 3, 1)))
 
 
 def _forward_descriptors(key: Key) -> Sequence[Tile]:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from triton_attn import CATALOG, device
 from triton_attn.bench import Timing
@@ -34,7 +35,7 @@ VERDICT = Verdict(FIRST, "pointers", "dense", "float32", "interpreter", 0.273, "
 COMPILED = Compiled(FIRST, "pointers", "forward", "sm_90", "16bit d64", "64x32 w4 s1", USAGE, 5, 1.2)
 TIMING = Timing(FIRST, "dense", "b=1 h=8", "float32", "cpu", "forward", "portable", 2.0, "torch SDPA", 3.0, 1.5, 7, None)
 CALL = Call(FIRST, "b=1 h=8", "float32", "cpu", "portable", "", {}, {"a kernel": ("query is on cpu",)})
-MACHINE: dict[str, Any] = {"torch": "2.13", "triton": None, "gpus": []}
+MACHINE: dict[str, Any] = {"torch": "2.13", "triton": "3.9.0", "interpreter": False, "gpus": []}
 GPU = {"name": "NVIDIA H200", "capability": [9, 0], "refusal": "", "multiprocessors": 132, "memory": 2**37}
 
 needs_triton = pytest.mark.skipif(not device.triton_version(), reason="triton is not installed")
@@ -320,7 +321,7 @@ def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path,
 
     call = dataclasses.replace(poison(CALL), tiles={HOSTILE: HOSTILE}, reasons={HOSTILE: [HOSTILE]})
     given = results(
-        machine={HOSTILE: HOSTILE, "gpus": [{**GPU, "name": HOSTILE, "refusal": HOSTILE}]},
+        machine={**MACHINE, HOSTILE: HOSTILE, "gpus": [{**GPU, "name": HOSTILE, "refusal": HOSTILE}]},
         calls=[call],
         verdicts=[VERDICT, poison(VERDICT)],
         compiled=[COMPILED, poison(COMPILED)],
@@ -334,7 +335,12 @@ def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path,
     assert not re.search(r"\]\((javascript|d\))", text)
     assert "\x1b" not in text
     assert "\u202e" not in text
-    assert "{{ 7 * 7 }}" in text
+    assert "{{ 7 &#42; 7 }}" in text
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    assert re.findall(r"<(?:img|a|script)\b[^>]*>", rendered) == [
+        f'<img src="{plots.CHECKS}" alt="Worst error of each check as share of its bound" />',
+        f'<img src="{plots.TIMINGS}" alt="The peer\'s time over ours" />',
+    ]
     assert not re.search(r"^# title", text, re.MULTILINE)
     assert text.count("</details>") == 1
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -393,8 +399,8 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     return pretend
 
 
-def gathered(seconds: float = 1.0) -> Results:
-    return gather.gather(CATALOG, MACHINE, targets=["sm_90"], device="cpu", seconds=seconds)
+def gathered(seconds: float = 1.0, **machine: Any) -> Results:
+    return gather.gather(CATALOG, {**MACHINE, **machine}, targets=["sm_90"], device="cpu", seconds=seconds)
 
 
 def test_a_part_that_dies_is_a_fault_and_keeps_its_rows(python: Callable[[str], None]) -> None:
@@ -418,6 +424,16 @@ def test_what_a_part_leaves_out_is_a_note_and_what_fails_in_it_a_fault(python: C
     found = gathered()
     assert found.notes == ["bench: x had 1 s"]
     assert found.faults == ["bench failed: y"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"), [({"triton": None}, "triton is not installed"), ({"interpreter": True}, "TRITON_INTERPRET=1 is set")]
+)
+def test_where_nothing_can_be_compiled_the_report_says_so(python: Callable[[str], None], machine: dict[str, Any], reason: str) -> None:
+    python("[ $3 = compile ] && exit 3; exit 0")
+    found = gathered(**machine)
+    assert (found.faults, found.notes) == ([], [f"compile: {reason}"])
+    assert ("Triton is not installed" in page(found)) == (machine == {"triton": None})
 
 
 @pytest.mark.slow

@@ -209,7 +209,12 @@ def report(
         (folder / markdown.PAGE).open("a", encoding="utf-8").close()
     except OSError as error:
         raise BadArgument(f"folder {str(folder)!r} cannot be written: {error.strerror}") from error
-    machine = {"triton_attn": __version__, **device.describe(), "python": platform.python_version(), "system": platform.platform()}
+    machine = {
+        "triton_attn": __version__,
+        **device.describe(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     catalog, whole, start = {row.name: row for row in mechanisms}, math.ceil(budget), time.perf_counter()
     with terminal.progress(whole, json=as_json) as (tick, step):
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -164,22 +164,33 @@ def compile_rows(
 
 
 def choose_tiles(
-    rows: Sequence[Mechanism], target: str, *, jobs: int = 1, tick: Callable[[str], None] = lambda text: None
+    rows: Sequence[Mechanism],
+    target: str,
+    *,
+    start: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    tick: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
-    """A table for a target without a GPU: per launch and key the first candidate that compiles, fits and does not spill."""
+    """A table for a target without a GPU: per launch and key the first candidate that compiles, fits and does not spill.
+
+    Candidates before those of the table `start` are passed over: that table was chosen with another compiler, and a shipped tile
+    has to be legal with both.
+    """
     tasks, spaces = [], {}
     for row in rows:
         for kernel, launch, space in _launches(row, device.capability(target)):
             spaces[f"{row.name}/{kernel.name}/{launch.name}"] = space
             for key in keys():
                 candidates = tuple(space.of(device.capability(target), key))
+                begun = (start or {}).get(f"{row.name}/{kernel.name}/{launch.name}", {"tiles": {}})["tiles"].get(str(key))
+                candidates = candidates[candidates.index(begun) if begun in candidates else 0 :]
                 tasks.append((row.name, kernel.name, launch.name, key, candidates, target))
     table: dict[str, dict[str, Any]] = {}
     for task, result in _shared_out(tasks, jobs):
         full = "/".join(task[:3])
         tick(f"{full} {target} {task[3]}: {'refused' if result is None else result.fault or result.tile}")
         if result is not None and not result.fault:
-            evidence = f"offline, triton {device.triton_version()}"
+            evidence = "offline"
             entry = table.setdefault(full, {"hash": tiles.source_hash(spaces[full].modules), "evidence": evidence, "tiles": {}})
             entry["tiles"][result.key] = tiles.Tile.parse(result.tile)
     return table

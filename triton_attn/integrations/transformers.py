@@ -71,13 +71,8 @@ def attention_forward(
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (t.expand(batch, -1, -1, -1) for t in (query, key, value))
 
-    mask, ignored = _biased(attention_mask, position_bias), None
-    if mask is not None and _same_for_every_query(mask, key):
-        ignored = ~mask[:, 0, 0].expand(query.shape[0], -1)
-        mask = None
     options: dict[str, Any] = {
-        "mask": mask,
-        "key_padding_mask": ignored,
+        "mask": _biased(attention_mask, position_bias),
         "causal": "top_left" if causal else False,
         "scale": scaling,
         "dropout_p": dropout,
@@ -159,8 +154,3 @@ def _biased(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tenso
     if mask is None or bias is None:
         return mask if bias is None else bias
     return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
-
-
-def _same_for_every_query(mask: torch.Tensor, key: torch.Tensor) -> bool:
-    fits = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[3] == key.shape[2]
-    return fits and mask.shape[2] > 1 and mask.stride(2) == 0

@@ -43,11 +43,15 @@ def gather(
     results = Results(catalog, machine, targets)
     joined, names = ",".join(targets), list(catalog)
     shared, apart = (1 - _TIMED_APART) * seconds, _TIMED_APART * seconds
+    uncompiled = "triton is not installed" if not machine["triton"] else "TRITON_INTERPRET=1 is set" if machine["interpreter"] else ""
+    if uncompiled:
+        results.notes.append(f"compile: {uncompiled}")
     with ThreadPoolExecutor(2) as threads:
         checked = threads.submit(_part, Verdict, ["verify", *names, "--device", device], shared, results, tick)
-        built = threads.submit(_part, Compiled, ["compile", *names, "--target", joined], shared, results, tick)
+        compiling = ["compile", *names, "--target", joined]
+        built = None if uncompiled else threads.submit(_part, Compiled, compiling, shared, results, tick)
         try:
-            results.verdicts, results.compiled = checked.result(), built.result()
+            results.verdicts, results.compiled = checked.result(), built.result() if built else []
         except BaseException:  # an interrupt reaches this thread only, and no process of another session
             for process in list(_running):
                 _kill(process)

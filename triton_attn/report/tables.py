@@ -61,7 +61,7 @@ def checks(rows: Sequence[Verdict]) -> Table:
         (row.mechanism, row.implementation, row.case, row.dtype, row.where, percent(row.share), row.worst, f"{row.seconds:.2f} s")
         for row in rows
     ]
-    titles = ("mechanism", "implementation", "case", "dtype", "where", "worst share>", "of", "time>")
+    titles = ("mechanism", "implementation", "case", "dtype", "where", "worst share>", "in", "time>")
     return Table(titles, cells, _faulty(rows))
 
 
@@ -80,7 +80,7 @@ def checks_by_implementation(rows: Sequence[Verdict], catalog: Mapping[str, Mech
         cells.append((*group, dtypes, covered, str(len(members)), str(failed), percent(worst.share), f"{worst.worst}, {worst.case}"))
         if failed:
             wrong.append(place)
-    titles = ("mechanism", "implementation", "where", "dtypes", "cases>", "checks>", "wrong>", "worst share>", "of")
+    titles = ("mechanism", "implementation", "where", "dtypes", "cases>", "checks>", "wrong>", "worst share>", "in")
     return Table(titles, cells, frozenset(wrong))
 
 
@@ -115,7 +115,14 @@ def timings(rows: Sequence[Timing]) -> Table:
     cells = []
     for row in rows:
         limit = "-" if row.limit is None else percent(row.limit)
-        times = (f"{row.milliseconds:.3g} ms", row.peer, f"{row.peer_milliseconds:.3g} ms", f"{row.ratio:.2f}", limit, str(row.rounds))
+        times = (
+            _milliseconds(row.milliseconds),
+            row.peer,
+            _milliseconds(row.peer_milliseconds),
+            f"{row.ratio:.2f}",
+            limit,
+            str(row.rounds),
+        )
         cells.append((row.mechanism, row.case, row.sizes, row.dtype, row.direction, row.path, *times))
     titles = ("mechanism", "case", "sizes", "dtype", "direction", "path", "time>", "peer", "its time>", "ratio>", "of limit>", "rounds>")
     return Table(titles, cells)
@@ -167,6 +174,10 @@ def machine(facts: Mapping[str, Any]) -> Table:
 def percent(share: float) -> str:
     """ "27 %"; what is not finite says so."""
     return f"{100 * share:.{0 if share >= 0.1 else 1}f} %" if math.isfinite(share) else "not finite"
+
+
+def _milliseconds(time: float) -> str:
+    return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
 
 
 def _ratio(timed: Sequence[Timing], name: str, direction: str) -> str:
