@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 import triton_attn
 from triton_attn import CATALOG, bench
 from triton_attn.mechanism import Case, Mechanism
@@ -34,7 +35,8 @@ def test_call_beside_its_peer(benchmark: Any, row: Mechanism, case: Case, peer: 
     tensors.pop("seed", None)
     benchmark.extra_info.update(ratio=timing.ratio, peer_milliseconds=timing.peer_milliseconds, path=timing.path)
     benchmark.pedantic(lambda: row.function(**tensors, **options), rounds=3, warmup_rounds=1)
-    print(f"\n{row.name} {case.name} {direction}: {timing.milliseconds:.2f} ms, {peer} {timing.peer_milliseconds:.2f} ms, ratio {timing.ratio:.3f}")
+    beside = f"{timing.milliseconds:.2f} ms, {peer} {timing.peer_milliseconds:.2f} ms, ratio {timing.ratio:.3f}"
+    print(f"\n{row.name} {case.name} {direction}: {beside}")
     if timing.path == "portable":
         assert timing.ratio > 1 / 1.05
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from triton_attn import CATALOG, bench, device, dispatch, tiles, verify
 from triton_attn.mechanism import Case, Code, Kernel, Launch, Mechanism
 from triton_attn.testing import inputs, numerics
@@ -53,7 +54,9 @@ def correctness(note: Callable[[dict[str, Any]], None]) -> None:
         for kernel, code, launch in launches(row):
             for key in _keys():
                 for tile in code.spaces[launch.name].of(device.profile(0).capability, key):
-                    for case in (Case("probe", {**case.sizes, "b": 1, "m": 200, "n": 300}, case.options) for case in row.probes(key.width, key.plain)):
+                    for case in (
+                        Case("probe", {**case.sizes, "b": 1, "m": 200, "n": 300}, case.options) for case in row.probes(key.width, key.plain)
+                    ):
                         case = replace(case, options={**case.options, **({"causal": "bottom_right"} if "causal" in case.options else {})})
                         dtype = DTYPES[key.operands][-1]
                         if not kernel.refuses(*inputs.meta(row, case, dtype)):
@@ -81,8 +84,10 @@ def _keys() -> Iterator[tiles.Key]:
     return offline.keys()
 
 
-def _judge(note: Callable[[dict[str, Any]], None], row: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype, tile: Any, tf32: bool = False) -> bool:
-    said = {"row": row.name, "kernel": kernel.name, "case": case.name, "sizes": dict(case.sizes), "dtype": str(dtype)}
+def _judge(
+    note: Callable[[dict[str, Any]], None], row: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype, tile: Any, tf32: bool = False
+) -> bool:
+    said: dict[str, Any] = {"row": row.name, "kernel": kernel.name, "case": case.name, "sizes": dict(case.sizes), "dtype": str(dtype)}
     said["tile"] = None if tile is None else {name: str(one) for name, one in tile.items()}
     try:
         comparisons = verify.judge(row, case, verify.kernel_run(row, kernel.load(), tile), dtype=dtype, where=WHERE, tf32=tf32)

@@ -27,7 +27,9 @@ def of_attention() -> dict[str, Call]:
 
 
 def _sdpa(backend: SDPBackend) -> Call:
-    def call(query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0) -> Any:
+    def call(
+        query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0
+    ) -> Any:
         if key_padding_mask is not None:
             if backend == SDPBackend.FLASH_ATTENTION:
                 raise NotImplementedError("no mask")
@@ -45,7 +47,9 @@ def _flex() -> Call:
     compiled = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs")
     masks: dict[Any, Any] = {}
 
-    def call(query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0) -> Any:
+    def call(
+        query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0
+    ) -> Any:
         if dropout_p or mask is not None:
             raise NotImplementedError("no dropout, no dense mask")
         name = (query.shape, key.shape, causal, key_padding_mask is None)
@@ -63,7 +67,9 @@ def _flex() -> Call:
     return call
 
 
-def _fa4(query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0) -> Any:
+def _fa4(
+    query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0
+) -> Any:
     from flash_attn.cute import flash_attn_func
 
     if dropout_p or mask is not None or key_padding_mask is not None:

@@ -48,7 +48,18 @@ def store_rows(base, positions, inside, row_stride, column_stride, tile, WIDTH: 
 
 @triton.jit
 def hide(
-    score, m, n, in_m, in_n, mask_base, mask_strides, numbers, KEEP: tl.constexpr, EDGE: tl.constexpr, CHECK: tl.constexpr, MASK: tl.constexpr
+    score,
+    m,
+    n,
+    in_m,
+    in_n,
+    mask_base,
+    mask_strides,
+    numbers,
+    KEEP: tl.constexpr,
+    EDGE: tl.constexpr,
+    CHECK: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """Scores plus the additive mask, -inf where a query does not see a key. Queries and keys may be on either axis."""
     if MASK != NO_MASK:
@@ -149,7 +160,9 @@ def forward_kernel(
     m, in_m = start + lane_m * step, lane_m < count
     last = start + (tl.minimum(count, BLOCK_M) - 1) * step
     if DESCRIPTORS:
-        q_rows = tl.make_tensor_descriptor(q_base + start.to(tl.int64) * q_strides[2], [count, D], [step * q_strides[2], 1], [BLOCK_M, BLOCK_D])
+        q_rows = tl.make_tensor_descriptor(
+            q_base + start.to(tl.int64) * q_strides[2], [count, D], [step * q_strides[2], 1], [BLOCK_M, BLOCK_D]
+        )
         q = q_rows.load([0, 0])
     else:
         q = load_rows(q_base, m, in_m, q_strides[2], q_strides[3], D, BLOCK_D, True)
@@ -178,7 +191,18 @@ def forward_kernel(
                 v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             score = hide(
-                score, m[:, None], n[None, :], in_m[:, None], in_n[None, :], mask_base, mask_strides, numbers, KEEP, EDGES[i], EDGES[i] or PADDING, MASK
+                score,
+                m[:, None],
+                n[None, :],
+                in_m[:, None],
+                in_n[None, :],
+                mask_base,
+                mask_strides,
+                numbers,
+                KEEP,
+                EDGES[i],
+                EDGES[i] or PADDING,
+                MASK,
             )
             higher = tl.maximum(top, tl.max(score, 1))
             # a row that has seen nothing yet has no finite maximum to subtract
@@ -200,7 +224,9 @@ def forward_kernel(
         lse = (top + tl.log2(divisor)) * LN2
     tl.store(lse_ptr + head.to(tl.int64) * len_m + m, lse, mask=in_m)
     if DESCRIPTORS:
-        out_rows = tl.make_tensor_descriptor(out_base + start.to(tl.int64) * out_strides[2], [count, E], [step * out_strides[2], 1], [BLOCK_M, BLOCK_E])
+        out_rows = tl.make_tensor_descriptor(
+            out_base + start.to(tl.int64) * out_strides[2], [count, E], [step * out_strides[2], 1], [BLOCK_M, BLOCK_E]
+        )
         out_rows.store([0, 0], out.to(out_ptr.dtype.element_ty))
     else:
         store_rows(out_base, m, in_m, out_strides[2], out_strides[3], out, E, BLOCK_E)

@@ -132,7 +132,18 @@ def backward_query_kernel(
             v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             score = hide(
-                score, m[:, None], n[None, :], in_m[:, None], in_n[None, :], mask_base, mask_strides, numbers, KEEP, EDGES[i], EDGES[i] or PADDING, MASK
+                score,
+                m[:, None],
+                n[None, :],
+                in_m[:, None],
+                in_n[None, :],
+                mask_base,
+                mask_strides,
+                numbers,
+                KEEP,
+                EDGES[i],
+                EDGES[i] or PADDING,
+                MASK,
             )
             p = power(score - lse[:, None], MASK)
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -228,7 +239,9 @@ def backward_key_kernel(
             mask_base = mask_ptr
             if MASK != NO_MASK:
                 mask_base += batch * mask_strides[0] + h * mask_strides[1]
-            score = hide(score, m[None, :], n[:, None], in_m[None, :], in_n[:, None], mask_base, mask_strides, numbers, KEEP, EDGES[i], PADDING, MASK)
+            score = hide(
+                score, m[None, :], n[:, None], in_m[None, :], in_n[:, None], mask_base, mask_strides, numbers, KEEP, EDGES[i], PADDING, MASK
+            )
             p = power(score - lse[None, :], MASK)
             dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             if DROPOUT:

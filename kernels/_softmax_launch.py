@@ -64,7 +64,15 @@ def key(query: Tensor, value: Tensor, extras: Extras) -> Key:
 
 
 def forward(
-    pattern: Pattern, spaces: Mapping[str, Space], name: str, query: Tensor, key_: Tensor, value: Tensor, extras: Extras, tile: Tiles, descriptors: bool
+    pattern: Pattern,
+    spaces: Mapping[str, Space],
+    name: str,
+    query: Tensor,
+    key_: Tensor,
+    value: Tensor,
+    extras: Extras,
+    tile: Tiles,
+    descriptors: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     (b, h, m, d), (g, n), e = query.shape, key_.shape[1:3], value.shape[-1]
@@ -72,7 +80,7 @@ def forward(
     lse = torch.empty((b, h, m), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
-    chosen = _chosen(tile, FORWARD, spaces, name, query, value, extras)
+    chosen = chosen_tile(tile, FORWARD, spaces, name, query, value, extras)
     tiles = pattern.tiles(m, chosen.block_m)
     tensors, numbers = _riders(extras, b, h, m, n)
     with device.guard(query):
@@ -159,7 +167,7 @@ def backward(
                 enable_fp_fusion=True,
             )
         if dq.numel():
-            chosen = _chosen(tile, BACKWARD_QUERY, spaces, name, query, value, extras)
+            chosen = chosen_tile(tile, BACKWARD_QUERY, spaces, name, query, value, extras)
             tiles = pattern.tiles(m, chosen.block_m)
             _softmax_backward.backward_query_kernel[_grid(tiles * b * h)](
                 query,
@@ -186,7 +194,7 @@ def backward(
                 **_launch(chosen),
             )
         if dk.numel():
-            chosen = _chosen(tile, BACKWARD_KEY, spaces, name, query, value, extras)
+            chosen = chosen_tile(tile, BACKWARD_KEY, spaces, name, query, value, extras)
             tiles = pattern.tiles(n, chosen.block_n)
             mask, padding, _, seed = tensors
             _softmax_backward.backward_key_kernel[_grid(tiles * b * g)](
@@ -220,7 +228,8 @@ def backward(
     return dq, dk if needs[1] else nothing, dv if needs[2] else nothing
 
 
-def _chosen(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, query: Tensor, value: Tensor, extras: Extras) -> Tile:
+def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, query: Tensor, value: Tensor, extras: Extras) -> Tile:
+    """The tile asked for, or the one that tables have for this call."""
     if isinstance(tile, Tile):
         return tile
     if tile is not None and launch in tile:

@@ -7,6 +7,7 @@ offline compile strikes out what spills or does not fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 from triton_attn.kernels._softmax_launch import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, MODULES
 from triton_attn.tiles import Key, Space, Tile, ranges
@@ -73,9 +74,16 @@ def _first(key: Key) -> Tile:
     return Tile(64, 32, 4, 1) if key.width <= 128 else Tile(32, 32, 4, 1)
 
 
-SPACES = {
-    FORWARD: Space({(8, 0): _forward_sm80, (9, 0): _forward_sm90}, _first, MODULES),
-    BACKWARD_QUERY: Space({(8, 0): _backward_query}, _first, MODULES),
-    BACKWARD_KEY: Space({(8, 0): _backward_key}, _first, MODULES),
-}
-DESCRIPTOR_SPACES = {FORWARD: Space({(9, 0): _forward_descriptors}, _first, MODULES)}
+def by_pointers(pattern: ModuleType) -> dict[str, Space]:
+    """The tile spaces of a pattern's launches; its module counts for their hash."""
+    modules = (*MODULES, pattern)
+    return {
+        FORWARD: Space({(8, 0): _forward_sm80, (9, 0): _forward_sm90}, _first, modules),
+        BACKWARD_QUERY: Space({(8, 0): _backward_query}, _first, modules),
+        BACKWARD_KEY: Space({(8, 0): _backward_key}, _first, modules),
+    }
+
+
+def by_descriptors(pattern: ModuleType) -> dict[str, Space]:
+    """The same of the forward that reads by tensor descriptors."""
+    return {FORWARD: Space({(9, 0): _forward_descriptors}, _first, (*MODULES, pattern))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_attn.kernels import _softmax_launch as softmax
-from triton_attn.kernels._softmax_tiles import DESCRIPTOR_SPACES, SPACES
+from triton_attn.kernels import _softmax_tiles
 from triton_attn.tiles import Key
-
 
 
 @triton.jit
@@ -74,6 +74,8 @@ def causal_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl
 
 
 POINTERS, DESCRIPTORS = "attention/pointers", "attention/descriptors"
+SPACES = _softmax_tiles.by_pointers(sys.modules[__name__])
+DESCRIPTOR_SPACES = _softmax_tiles.by_descriptors(sys.modules[__name__])
 FULL = softmax.Pattern(consecutive, full_runs, (False, True), consecutive, all_visits, (False,))
 CAUSAL = softmax.Pattern(consecutive, causal_runs, (False, True), consecutive, causal_visits, (True, False), causal_keep)
 
@@ -122,11 +124,11 @@ def attention_by_descriptors(
     """Forward by tensor descriptors (bulk copies): sm_90, rows of 16 aligned bytes, no mask and no padding."""
     extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
     walk = pattern(query, key, causal)
-    chosen = softmax._chosen(tile, softmax.FORWARD, DESCRIPTOR_SPACES, DESCRIPTORS, query, value, extras)
-    if chosen.warp_specialize:
-        # the compiler specialises a single loop only
-        walk = replace(walk, runs=one_run, edges=(True,)) if not causal else walk
-        chosen = chosen if not causal else replace(chosen, warp_specialize=False)
+    chosen = softmax.chosen_tile(tile, softmax.FORWARD, DESCRIPTOR_SPACES, DESCRIPTORS, query, value, extras)
+    if chosen.warp_specialize and causal:
+        chosen = replace(chosen, warp_specialize=False)  # the compiler specialises a single loop only
+    elif chosen.warp_specialize:
+        walk = replace(walk, runs=one_run, edges=(True,))
     out, lse = softmax.forward(walk, DESCRIPTOR_SPACES, DESCRIPTORS, query, key, value, extras, chosen, descriptors=True)
     return (out, lse) if return_lse else out
 

@@ -37,7 +37,7 @@ def keep(seed: Tensor, dropout_p: float, heads: Tensor, queries: Tensor, keys: T
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
     """Four 32-bit words (4, ...) held in int64, for counters (c0, c1, c2, 0) and a 64-bit seed."""
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    a, b, c, d = torch.broadcast_tensors(c0, c1, c2, zero)
+    a, b, c, d = torch.broadcast_tensors(c0, c1, c2, zero)  # type: ignore[no-untyped-call]
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(_ROUNDS):
         # int64 products wrap, but their bits are the unsigned product's

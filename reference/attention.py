@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import reduce, repeat
+from einops import repeat
 from torch import Tensor
 
 from triton_attn.reference import _dropout
@@ -119,10 +119,6 @@ def bound(
         "out": s_out,
         "lse": (lse.abs() + mean[..., 0] + 1.0).masked_fill(empty[..., 0], 0.0),
         "query": s_ds @ wide_key.abs(),
-        "key": _per_group(s_ds.mT @ query.abs(), group),
-        "value": _per_group((spread * z).mT @ grad_out.abs(), group),
+        "key": (s_ds.mT @ query.abs()).unflatten(1, (key.shape[1], group)).sum(2),
+        "value": ((spread * z).mT @ grad_out.abs()).unflatten(1, (key.shape[1], group)).sum(2),
     }
-
-
-def _per_group(gradient: Tensor, group: int) -> Tensor:
-    return reduce(gradient, "b (g r) n d -> b g n d", "sum", r=group)

@@ -215,9 +215,9 @@ def test_float64_and_a_mask_with_a_gradient_run_portable_on_any_gpu_each_with_a_
     machine((9, 0))
     mask = torch.zeros(1, 1, 64, 64, requires_grad=True)
     with pytest.warns(UserWarning, match=r"query has dtype torch\.float64"):
-        assert dispatch.choose(ROW, qkv(dtype=torch.float64) | NOTHING) == "portable"
+        attention(**qkv(dtype=torch.float64))
     with pytest.warns(UserWarning, match="mask requires a gradient"):
-        assert dispatch.choose(ROW, qkv() | NOTHING | {"mask": mask}) == "portable"
+        attention(**qkv(), mask=mask)
     with torch.no_grad():
         assert dispatch.choose(ROW, qkv() | NOTHING | {"mask": mask}) == "kernel"
 
@@ -353,7 +353,8 @@ def test_a_compiled_call_takes_the_backend_asked_for_in_one_graph(backend: str, 
         assert torch.equal(found, eager)
         if training:
             gradients = [torch.autograd.grad(out.sum(), given) for out in (found, eager)]
-            assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+            for one, other in zip(*gradients, strict=True):
+                torch.testing.assert_close(one, other)  # a leaf used thrice sums its gradients in another order
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around the compiled call", "inside of it"])

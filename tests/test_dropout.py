@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton_attn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+import triton_attn
 from triton_attn.kernels import attention as kernels
 from triton_attn.portable.attention import attention as portable
 from triton_attn.reference import _dropout

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from triton_attn import CATALOG, use_backend, verify
 from triton_attn.mechanism import Case, Kernel, Law, Mechanism
 from triton_attn.testing import inputs, laws, numerics, strategies
@@ -39,7 +40,7 @@ def test_kernel_matches_its_reference(row: Mechanism, kernel: Kernel, data: st.D
     tile = data.draw(strategies.tiles)
     run = verify.kernel_run(row, kernel.load(), tile)
     layout = data.draw(strategies.layouts) if kernel is row.kernels[-1] else inputs.CONTIGUOUS
-    drawn = {"seed": data.draw(strategies.seeds), "spread": data.draw(strategies.spreads), "layout": layout}
+    drawn: dict[str, Any] = {"seed": data.draw(strategies.seeds), "spread": data.draw(strategies.spreads), "layout": layout}
     numerics.assert_right(verify.judge(row, case, run, dtype=dtype, where=CPU, **drawn), (case, dtype, tile, drawn))
 
 
@@ -48,7 +49,11 @@ def test_kernel_matches_its_reference(row: Mechanism, kernel: Kernel, data: st.D
 def test_portable_matches_its_reference(row: Mechanism, data: st.DataObject) -> None:
     case = data.draw(strategies.cases(row))
     dtype = data.draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.float64)))
-    drawn = {"seed": data.draw(strategies.seeds), "spread": data.draw(strategies.spreads), "layout": data.draw(strategies.layouts)}
+    drawn: dict[str, Any] = {
+        "seed": data.draw(strategies.seeds),
+        "spread": data.draw(strategies.spreads),
+        "layout": data.draw(strategies.layouts),
+    }
     run = verify.differentiable_run(row, row.portable)
     numerics.assert_right(verify.judge(row, case, run, dtype=dtype, where=CPU, **drawn), (case, dtype, drawn))
 
@@ -96,7 +101,9 @@ def test_empty_axes_give_zeros_or_nothing(row: Mechanism, empty: str) -> None:
 @pytest.mark.parametrize("axis", [0, 2])
 def test_strides_beyond_two_to_the_31(row: Mechanism, axis: int) -> None:
     """Virtual memory only: the pages between are never touched."""
-    far = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided((2, 1, 17, 16), (2**31, 16, 16, 1) if axis == 0 else (64, 16, 2**27, 1))
+    far = torch.empty(2**31 + 2**20, dtype=torch.float16).as_strided(
+        (2, 1, 17, 16), (2**31, 16, 16, 1) if axis == 0 else (64, 16, 2**27, 1)
+    )
     near = torch.randn(2, 1, 17, 16).half()
     far.copy_(near)
     if axis == 2:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from triton_attn import CATALOG, verify
 from triton_attn.mechanism import Case
 from triton_attn.testing import numerics

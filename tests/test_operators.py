@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
 from triton_attn import CATALOG, Unsupported, operators, use_backend
 from triton_attn.mechanism import Case, Mechanism
 from triton_attn.testing import inputs

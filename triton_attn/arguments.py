@@ -26,21 +26,24 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 
 def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
-    """Check every tensor of a call against its row; return the size of each axis letter."""
+    """Check every tensor of a call against its row; return the size of each axis letter. Under autocast, dtypes count as cast."""
     sizes: dict[str, int] = {}
     first: tuple[str, torch.Tensor] | None = None
+    cast, dtype = None, torch.float32
     for name, given in row.inputs.items():
         tensor = tensors[name]
         if given.kind != "values":
             continue
         _require_dense(row.name, name, tensor)
         assert tensor is not None
+        if tensor.dtype not in FLOATS:
+            raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {_listed(FLOATS)}")
         if first is None:
             first = (name, tensor)
-            if tensor.dtype not in FLOATS:
-                raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {_listed(FLOATS)}")
+            cast = autocast_dtype(tensor.device.type)
+            dtype = working_dtype(tensor, cast)
         else:
-            if tensor.dtype != first[1].dtype:
+            if working_dtype(tensor, cast) != dtype:
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}, {first[0]} has {first[1].dtype}; they must be equal")
             _same_device(row.name, name, tensor, first)
         _fit(row.name, name, given, tensor, sizes)
@@ -52,8 +55,8 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[st
         _same_device(row.name, name, tensor, first)
         if given.kind == "mask":
             _broadcastable(row.name, name, given, tensor, sizes)
-            if tensor.dtype != torch.bool and tensor.dtype not in (first[1].dtype, torch.float32):
-                wanted = _listed((torch.bool, first[1].dtype, torch.float32))
+            if tensor.dtype != torch.bool and tensor.dtype not in (dtype, torch.float32):
+                wanted = _listed((torch.bool, dtype, torch.float32))
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {wanted} (boolean: True = attend)")
         elif given.kind == "padding":
             _fit(row.name, name, given, tensor, sizes)
@@ -79,6 +82,7 @@ def within(row: Mechanism, argument: str, what: str, size: int, low: int, high: 
 
 def probability(row: Mechanism, argument: str, given: float) -> float:
     """A number in [0, 1]; NaN is none."""
+    _require_number(row, argument, given, "0 to 1")
     if not 0.0 <= given <= 1.0:
         raise ArgumentError(row.name, argument, f"is {given}; allowed: 0 to 1")
     return float(given)
@@ -86,6 +90,7 @@ def probability(row: Mechanism, argument: str, given: float) -> float:
 
 def finite(row: Mechanism, argument: str, given: float) -> float:
     """A number that is neither infinite nor NaN."""
+    _require_number(row, argument, given, "a finite number")
     if not math.isfinite(given):
         raise ArgumentError(row.name, argument, f"is {given}; allowed: a finite number")
     return float(given)
@@ -93,29 +98,43 @@ def finite(row: Mechanism, argument: str, given: float) -> float:
 
 def alignment(row: Mechanism, causal: bool | str, queries: int, keys: int) -> str:
     """Normalise `causal` to "", "top_left" or "bottom_right"; True needs equal lengths, where the two are one."""
-    if causal is False or causal == "":
+    if causal is False:
         return ""
     if causal is True:
         if queries != keys:
             complaint = f"is True with {queries} queries and {keys} keys; say 'top_left' or 'bottom_right' when lengths differ"
             raise ArgumentError(row.name, "causal", complaint)
         return "top_left"
-    if causal in CAUSAL:
+    if isinstance(causal, str) and causal in CAUSAL:
         return causal
     raise ArgumentError(row.name, "causal", f"is {causal!r}; allowed: {', '.join(map(repr, CAUSAL))}")
 
 
-def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast to the active autocast dtype, as torch's own attention does; float64 stays."""
-    kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast casts to on this device type; None where it is off."""
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def working_dtype(tensor: torch.Tensor, cast: torch.dtype | None) -> torch.dtype:
+    """A tensor's dtype once autocast has been at it; float64 stays, as in torch's own attention."""
+    return tensor.dtype if cast is None or tensor.dtype == torch.float64 else cast
+
+
+def autocast(row: Mechanism, tensors: dict[str, torch.Tensor | None], cast: torch.dtype) -> dict[str, torch.Tensor | None]:
+    """Checked tensors with the values cast."""
+    return {
+        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and row.inputs[name].kind == "values" else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _require_number(row: Mechanism, argument: str, given: object, allowed: str) -> None:
+    if not isinstance(given, (int, float, torch.SymInt, torch.SymFloat)):
+        raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
 
 
 def _require_dense(function: str, name: str, tensor: object) -> None:
-    if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+    if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested:
         return
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentTypeError(function, name, f"is a {type(tensor).__name__}; allowed: torch.Tensor")
@@ -154,5 +173,3 @@ def _same_device(function: str, name: str, tensor: torch.Tensor, first: tuple[st
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(dict.fromkeys(map(str, dtypes)))
-
-

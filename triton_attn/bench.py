@@ -6,9 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from triton_attn import device, dispatch
 from triton_attn.mechanism import Case, Mechanism, Work
@@ -78,17 +80,13 @@ def time_beside(
     """Time one workload of one row beside one peer."""
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where)
     tensors.pop("seed")
-    differentiable = [tensors[name] for name in row.differentiable]
-    grad = None
+    calls: list[Callable[[], Any]] = [partial(function, **tensors, **options) for function in (row.function, row.peers[peer])]
     if direction == BOTH:
-        for tensor in differentiable:
-            tensor.requires_grad_()
-    ours, theirs = ((lambda f=f: f(**tensors, **options)) for f in (row.function, row.peers[peer]))
-    if direction == BOTH:
-        grad = torch.randn_like(ours())
-        ours, theirs = ((lambda f=f: torch.autograd.grad(f(), differentiable, grad)) for f in (ours, theirs))
+        leaves = [tensor.requires_grad_() for name in row.differentiable if (tensor := tensors[name]) is not None]
+        grad = torch.randn_like(calls[0]())
+        calls = [partial(_forward_and_backward, call, leaves, grad) for call in calls]
     explained = dispatch.explain(row.function, **tensors, **options)
-    our_times, their_times = interleave(ours, theirs, where, seconds=seconds)
+    our_times, their_times = interleave(calls[0], calls[1], where, seconds=seconds)
     mine, peers = statistics.median(our_times), statistics.median(their_times)
     path = f"kernel {explained.kernel}" if explained.kernel else explained.path
     sizes = " ".join(f"{axis}={size}" for axis, size in case.sizes.items())
@@ -99,6 +97,10 @@ def time_beside(
     return Timing(row.name, case.name, sizes, short, name, direction, path, 1e3 * mine, peer, 1e3 * peers, ratio, len(our_times), limit)
 
 
+def _forward_and_backward(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(call(), leaves, grad)
+
+
 def interleave(
     ours: Callable[[], Any], theirs: Callable[[], Any], where: torch.device, *, seconds: float, least: int = 5, most: int = 200
 ) -> tuple[list[float], list[float]]:
@@ -106,7 +108,7 @@ def interleave(
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     for turn in range(most + 1):
-        for which in ((0, 1) if turn % 2 else (1, 0)):
+        for which in (0, 1) if turn % 2 else (1, 0):
             spent = _time_once((ours, theirs)[which], where)
             if turn:
                 times[which].append(spent)
@@ -117,12 +119,12 @@ def interleave(
 
 def _time_once(call: Callable[[], Any], where: torch.device) -> float:
     if where.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
         call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

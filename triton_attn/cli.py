@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from triton_attn import CATALOG, __version__, device
-from triton_attn.mechanism import Case, Mechanism
+from triton_attn.mechanism import Mechanism
 
 try:
     import typer
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 BAD_ARGUMENT, INTERRUPTED = 2, 130
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-_LONGEST = 24 * 3600.0
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[MECHANISM]", help="Names from `triton-attn list`; none: all of them.")]
@@ -106,14 +105,14 @@ def explain(
         for row in mechanisms:
             for architecture in ("", *targets):
                 kind = "cuda" if architecture else where.type
-                case = _sized(row, row.workloads[kind][0], size or [])
                 wanted = _DTYPES[dtype] if dtype else torch.bfloat16 if kind == "cuda" else torch.float32
                 try:
+                    case = calls.sized(row.name, row.workloads[kind][0], size or [])
                     yield calls.on_target(row, case, wanted, architecture) if architecture else calls.here(row, case, wanted, where)
                 except (ValueError, NotImplementedError) as error:  # wrong arguments; no kernel, where one was insisted on
                     raise BadArgument(str(error)) from error
                 except RuntimeError as error:
-                    raise BadArgument(f"{row.name}: no memory for {calls.sizes(case)}: {str(error).partition(chr(10))[0]}") from error
+                    raise BadArgument(f"{row.name}: no memory for {calls.sizes(case)}: {str(error).splitlines()[0]}") from error
 
     found = rows.collect(explained(), as_json)
     if not as_json:
@@ -201,14 +200,13 @@ def report(
 ) -> int:
     """Check, compile, time and explain everything, and write a page about it."""
     mechanisms, where, targets = _known(names), _where(device_name), _targets(target)
-    budget = min(_duration(seconds_per_mechanism, "seconds-per-mechanism") * len(mechanisms), _LONGEST)
+    _duration(seconds_per_mechanism, "seconds-per-mechanism")
     from triton_attn.report import gather, markdown, tables, terminal
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / markdown.PAGE).open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise BadArgument(f"folder {str(folder)!r} cannot be written: {error.strerror}") from error
+    # what cannot be written had better be known before minutes have gone by
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / markdown.PAGE).open("a", encoding="utf-8").close()
+    budget = min(seconds_per_mechanism * len(mechanisms), gather.LONGEST)
     machine = {
         "triton_attn": __version__,
         **device.describe(),
@@ -243,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(app(args=given or ["--help"], prog_name="triton-attn", standalone_mode=False) or 0)
     except (BadArgument, _UsageError) as error:
         complain(getattr(error, "format_message", error.__str__)())
+        sys.exit(BAD_ARGUMENT)
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         sys.exit(BAD_ARGUMENT)
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
@@ -280,18 +281,6 @@ def _duration(seconds: float, option: str = "seconds") -> float:
     if not seconds >= 0:
         raise BadArgument(f"{option} is {seconds}; allowed: 0 and more")
     return seconds
-
-
-def _sized(row: Mechanism, case: Case, given: Sequence[str]) -> Case:
-    sizes = dict(case.sizes)
-    for text in given:
-        axis, _, number = text.partition("=")
-        if axis not in sizes or not (number.isascii() and number.isdigit()) or len(number) > 12:
-            raise BadArgument(
-                f"size is {text!r}; allowed for {row.name}: a whole number by axis, {' '.join(f'{a}={s}' for a, s in sizes.items())}"
-            )
-        sizes[axis] = int(number)
-    return Case(case.name, sizes, case.options)
 
 
 def _exit_code(log: Log, faults: Sequence[str]) -> int:

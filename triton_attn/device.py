@@ -62,7 +62,12 @@ def triton_version() -> str:
     """The installed triton, or an empty string."""
     if importlib.util.find_spec("triton") is None:
         return ""
-    return importlib.metadata.version("triton")
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build under another name
+        import triton
+
+        return str(triton.__version__)
 
 
 def interpreting() -> bool:
@@ -122,7 +127,7 @@ def capability(architecture: str) -> tuple[int, int]:
     """ "sm_90" -> (9, 0); ValueError names what is allowed."""
     found = re.fullmatch(r"sm_(\d+)(\d)", architecture)
     if found is None or (int(found[1]), int(found[2])) not in LIMITS:
-        raise ValueError(f"target is {architecture!r}; allowed: {', '.join('sm_%d%d' % known for known in LIMITS)}")
+        raise ValueError(f"target is {architecture!r}; allowed: {', '.join(f'sm_{major}{minor}' for major, minor in LIMITS)}")
     return int(found[1]), int(found[2])
 
 

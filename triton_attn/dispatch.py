@@ -53,9 +53,9 @@ _local = threading.local()
 _warned: set[str] = set()
 
 
-def _known(backend: str) -> str:
+def _known(backend: str, function: str, argument: str) -> str:
     if backend not in BACKENDS:
-        raise ArgumentError("use_backend", "backend", f"is {backend!r}; allowed: {', '.join(BACKENDS)}")
+        raise ArgumentError(function, argument, f"is {backend!r}; allowed: {', '.join(BACKENDS)}")
     return backend
 
 
@@ -67,19 +67,20 @@ class use_backend:
     """
 
     def __init__(self, backend: str) -> None:
-        self.backend = _known(backend)
+        self.backend = _known(backend, "use_backend", "backend")
+        self.before: list[str | None] = []  # one for each time it is entered
 
     def __enter__(self) -> None:
-        self.before = getattr(_local, "backend", None)
+        self.before.append(getattr(_local, "backend", None))
         _local.backend = self.backend
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _local.backend = self.before
+        _local.backend = self.before.pop()
 
 
 def backend() -> str:
     """The backend asked for in this thread."""
-    return getattr(_local, "backend", None) or _known(device.DEFAULT_BACKEND)
+    return getattr(_local, "backend", None) or _known(device.DEFAULT_BACKEND, "environment", "TRITON_ATTN_BACKEND")
 
 
 def choose(row: Mechanism, tensors: Tensors) -> str:
@@ -95,8 +96,6 @@ def choose(row: Mechanism, tensors: Tensors) -> str:
         return "kernel"
     if asked == "triton":
         raise Unsupported(f"{row.name}: no kernel can serve this call: {'; '.join(reasons)}")
-    if first.is_cuda and not torch.compiler.is_compiling():
-        _warn_once(row, reasons)
     return "portable"
 
 
@@ -150,7 +149,9 @@ def variant_refusals(row: Mechanism, tensors: Tensors, options: Options) -> dict
     """Per kernel, why it does not serve these tensors. A CPU, where the interpreter runs, takes the most general kernel."""
     first = next(iter(tensors.values()))
     if not first.is_cuda:
-        return {kernel.name: () if kernel is row.kernels[-1] else ("the interpreter runs the most general kernel",) for kernel in row.kernels}
+        return {
+            kernel.name: () if kernel is row.kernels[-1] else ("the interpreter runs the most general kernel",) for kernel in row.kernels
+        }
     capability = device.profile(first.device.index).capability
     return {kernel.name: tuple(capability_refusal(kernel, capability) or kernel.refuses(tensors, options)) for kernel in row.kernels}
 
@@ -203,18 +204,24 @@ def explanation(row: Mechanism, tensors: Tensors, options: Options) -> Explanati
     code = kernel.load()
     key = code.key(tensors, options)
     found = {}
-    for launch in kernel.launches:
-        full = f"{row.name}/{kernel.name}/{launch.name}"
+    # variants without a backward of their own share the most general kernel's
+    general = row.kernels[-1]
+    shared = [] if kernel is general else [(general, launch) for launch in general.launches if launch.gradients]
+    for owner, launch in [*((kernel, launch) for launch in kernel.launches), *shared]:
+        full = f"{row.name}/{owner.name}/{launch.name}"
         if first.is_cuda:
-            tile = tiles.look_up(full, code.spaces[launch.name], key, device.profile(first.device.index))
+            tile = tiles.look_up(full, owner.load().spaces[launch.name], key, device.profile(first.device.index))
             found[launch.name] = f"tile {tile.tile}, {tile.source}{', stale' if tile.stale else ''}"
         else:
             found[launch.name] = f"tile {tiles.INTERPRETED}, interpreted"
     return Explanation(row.name, path, kernel.name, reasons, found)
 
 
-def _warn_once(row: Mechanism, reasons: list[str]) -> None:
-    text = f"triton_attn.{row.name} takes its portable path: {'; '.join(reasons)}"
+def warn_once(row: Mechanism, tensors: Tensors) -> None:
+    """Say why a call on a GPU took its portable path without having been asked to. torch.compile refuses warnings."""
+    if backend() != "auto" or torch.compiler.is_compiling():
+        return
+    text = f"triton_attn.{row.name} takes its portable path: {'; '.join(refusals(row, tensors))}"
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, stacklevel=5)
+        warnings.warn(text, stacklevel=4)

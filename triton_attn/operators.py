@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from triton_attn import device, dispatch
+from triton_attn import arguments, device, dispatch
 from triton_attn.mechanism import Mechanism, Options, Tensors
 
 NAMESPACE = "triton_attn"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _OPERATORS: dict[str, Operator] = {}
 
 
@@ -34,17 +34,26 @@ def draw_seed(where: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where)
 
 
-def run(row: Mechanism, tensors: Tensors, options: Options, more: bool) -> Any:
+def run(row: Mechanism, tensors: dict[str, Any], options: Options, more: bool) -> Any:
     """Run a checked call by whatever dispatch chooses: the first output, or with `more` all of them."""
+    first = next(iter(tensors.values()))
+    kind = first.device.type
+    cast = arguments.autocast_dtype(kind)
+    if cast is not None:
+        tensors = arguments.autocast(row, tensors, cast)
     if dispatch.explaining():
         dispatch.stop_and_explain(row, tensors, options)
     path = dispatch.choose(row, tensors)
+    if options.get("dropout_p"):
+        # after everything that can refuse the call: a refused one leaves the generator alone
+        tensors["seed"] = draw_seed(first.device)
     if path == "kernel":
         outputs = _OPERATORS[row.name](tensors, options)
         return outputs if more else outputs[0]
+    if path == "portable" and first.is_cuda:
+        dispatch.warn_once(row, tensors)
     function = row.portable if path == "portable" else row.reference
-    kind = next(iter(tensors.values())).device.type
-    if torch.is_autocast_enabled(kind):
+    if cast is not None:
         # inputs are cast already; nothing inside may be cast again
         with torch.autocast(kind, enabled=False):
             return function(**tensors, **options, **{row.more: more})
@@ -80,13 +89,16 @@ class Operator:
             return self.transformable.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
         if not (torch.is_grad_enabled() and any(tensors[name].requires_grad for name in self.row.differentiable)):
             return self.forward(*args)  # type: ignore[no-any-return]
-        function = self.transformable if torch.compiler.is_compiling() else self.eager
-        return function.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
+        if torch.compiler.is_compiling():
+            # Dynamo refuses one tensor in two places
+            distinct = [x.view_as(x) if isinstance(x, Tensor) and any(x is y for y in args[:i]) else x for i, x in enumerate(args)]
+            return self.transformable.apply(*distinct)  # type: ignore[no-any-return,no-untyped-call]
+        return self.eager.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
 
     def _define(self, name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload[..., Any]:
-        _LIBRARY.define(name + schema)
+        _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, run, key)
+            _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         packet = getattr(getattr(torch.ops, NAMESPACE), name)
         return packet.default  # type: ignore[no-any-return]
@@ -127,7 +139,8 @@ class Operator:
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         _, tensors, _, _, needs = self._split_backward(args)
         return tuple(
-            tensors[name].new_empty(tensors[name].shape if need else (0,)) for name, need in zip(self.row.differentiable, needs, strict=True)
+            tensors[name].new_empty(tensors[name].shape if need else (0,))
+            for name, need in zip(self.row.differentiable, needs, strict=True)
         )
 
     def _sizes(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +169,7 @@ class Operator:
             return forward_flops(*inputs, *shapes[2 * first + len(self.inputs) :]) * 5 // 2
 
         for operator, formula in ((self.forward, forward_flops), (self.backward, backward_flops)):
-            register_flop_formula(operator.overloadpacket)(formula)  # type: ignore[no-untyped-call]
+            register_flop_formula(operator.overloadpacket)(formula)
 
 
 def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
@@ -211,17 +224,15 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
 
 def _transforming() -> bool:
     """Whether torch.func or forward-mode differentiation is looking."""
-    return bool(
-        torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 
 
 def _folding(operator: Callable[..., Any], all_axes: Sequence[str]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         count = info.batch_size
         folded = [
-            _fold(tensor, dim, axes, count, info.randomness) for tensor, dim, axes in zip(args[: len(all_axes)], in_dims, all_axes, strict=False)
+            _fold(tensor, dim, axes, count, info.randomness)
+            for tensor, dim, axes in zip(args[: len(all_axes)], in_dims, all_axes, strict=False)
         ]
         results = operator(*folded, *args[len(all_axes) :])
         # an empty vector stands for a gradient nobody needs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class Tile:
     @classmethod
     def parse(cls, text: str) -> Tile:
         """The inverse of str; ValueError on anything else, powers of two and ranges included."""
-        found = re.fullmatch(r"(\d{1,3})x(\d{1,3}) w(\d) s(\d)( ws)?", text)
+        found = re.fullmatch(r"([1-9][0-9]{1,2})x([1-9][0-9]{1,2}) w([0-9]) s([0-9])( ws)?", text)
         if found is None:
             raise ValueError(f"tile is {text!r}; allowed: like '128x64 w4 s3'")
         m, n, warps, stages = (int(found[i]) for i in range(1, 5))
@@ -66,6 +67,19 @@ class Key:
 
     def __str__(self) -> str:
         return f"{self.operands} d{self.width}{'' if self.plain else ' masked'}"
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """The inverse of str; ValueError on anything else."""
+        operands, width, *rest = [*text.split(" "), "", ""]
+        if (
+            operands not in OPERANDS
+            or width not in {f"d{known}" for known in WIDTHS}
+            or rest[:1] not in (["masked"], [""])
+            or any(rest[1:])
+        ):
+            raise ValueError(f"key is {text!r}; allowed: like '16bit d64' or '16bit d64 masked'")
+        return cls(operands, int(width[1:]), rest[0] == "")
 
 
 OPERANDS = ("16bit", "float32", "tf32")
@@ -117,15 +131,17 @@ def illegal(usage: Usage, limits: device.Limits) -> str:
 def blocks_per_multiprocessor(usage: Usage, limits: device.Limits) -> int:
     """How many blocks are resident at once: the least of what registers, threads and shared memory allow."""
     per_warp = -(-usage.registers * 32 // 256) * 256
-    by_registers = limits.registers // max(per_warp, 256) // usage.warps
+    # a warp's registers lie in one of four partitions
+    by_registers = 4 * (limits.registers // 4 // max(per_warp, 256)) // usage.warps
     by_shared = limits.shared_per_multiprocessor // (usage.shared + 1024)
     return min(by_registers, by_shared, limits.threads // (32 * usage.warps), limits.blocks)
 
 
 def source_hash(modules: Sequence[ModuleType]) -> str:
-    """Of the syntax trees without docstrings: a changed comment voids no table, a changed kernel does."""
-    import hashlib
+    """Of the sources without comments, docstrings and layout: a changed comment voids no table, a changed kernel does.
 
+    Unparsed, because what `ast.dump` prints differs between Python versions.
+    """
     digest = hashlib.sha256()
     for module in modules:
         assert module.__file__ is not None
@@ -134,7 +150,7 @@ def source_hash(modules: Sequence[ModuleType]) -> str:
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
                 body[0].value.value = None
-        digest.update(ast.dump(tree).encode())
+        digest.update(ast.unparse(tree).encode())
     return digest.hexdigest()[:16]
 
 
@@ -200,7 +216,7 @@ def read(path: Path) -> dict[str, Any]:
     launches: dict[str, Any] = {}
     for launch, entry in table["launches"].items():
         try:
-            tiles = {str(key): Tile.parse(text) for key, text in entry["tiles"].items()}
+            tiles = {str(Key.parse(key)): Tile.parse(text) for key, text in entry["tiles"].items()}
             launches[launch] = {"hash": str(entry["hash"]), "evidence": str(entry["evidence"]), "tiles": tiles}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(f"{path}: {launch}: {error}") from error
@@ -210,11 +226,12 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, launches: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any]) -> None:
     """Write a table so that a reader never sees half of one."""
     tidy = {
-        launch: {**entry, "tiles": {key: str(tile) for key, tile in entry["tiles"].items()}} for launch, entry in sorted(launches.items())
+        launch: {**entry, "tiles": {str(Key.parse(key)): str(Tile.parse(str(tile))) for key, tile in entry["tiles"].items()}}
+        for launch, entry in sorted(launches.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"schema": SCHEMA, "made": made, "launches": tidy}, indent=1) + "\n")
+    partial.write_text(json.dumps({"schema": SCHEMA, "made": made, "launches": tidy}, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
     read.cache_clear()
     _look_up.cache_clear()

@@ -38,8 +38,8 @@ def verify(
     name = device.profile(where.index or 0).name if where.type == "cuda" else "interpreter" if device.interpreting() else "cpu"
     for row in rows:
         start = time.perf_counter()
-        for case in row.cases:
-            for dtype in _dtypes(where):
+        for dtype in _dtypes(where):
+            for case in row.cases:
                 for implementation, run in implementations(row, where):
                     if time.perf_counter() - start > seconds:
                         break

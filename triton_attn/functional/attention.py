@@ -57,7 +57,7 @@ def attention(
     "GQA", 2023, for grouped heads. Masks as in torch.nn.functional.scaled_dot_product_attention (`mask`) and
     torch.nn.MultiheadAttention (`key_padding_mask`).
     """
-    query, key, value = arguments.autocast(query, key, value)
+    tensors: dict[str, Tensor | None]
     tensors = {"query": query, "key": key, "value": value, "mask": mask, "key_padding_mask": key_padding_mask, "seed": None}
     sizes = arguments.check(ROW, tensors)
     arguments.divides(ROW, sizes, ("g", "key"), ("h", "query"))
@@ -70,8 +70,6 @@ def attention(
         "scale": sizes["d"] ** -0.5 if scale is None else arguments.finite(ROW, "scale", scale),
         "dropout_p": arguments.probability(ROW, "dropout_p", dropout_p),
     }
-    if options["dropout_p"] > 0:
-        tensors["seed"] = operators.draw_seed(query.device)
     return operators.run(ROW, tensors, options, return_lse)
 
 

@@ -38,8 +38,6 @@ def attention(
     if causal and (mask is not None or not from_top):
         early = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(0 if from_top else n - m)
         mask, from_top = _both(mask, early[None, None]), False
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=from_top, scale=scale, enable_gqa=g != h)
 
 

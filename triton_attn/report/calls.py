@@ -69,6 +69,17 @@ def on_target(row: Mechanism, case: Case, dtype: torch.dtype, target: str) -> Ca
     return Call(row.name, sizes(case), short(dtype), target, "portable", "", {}, reasons)
 
 
+def sized(name: str, case: Case, given: Sequence[str]) -> Case:
+    """The case with other sizes, like "n=4096"; ValueError tells which are allowed."""
+    sizes_given = dict(case.sizes)
+    for text in given:
+        axis, _, number = text.partition("=")
+        if axis not in sizes_given or not (number.isascii() and number.isdigit()) or len(number) > 12:
+            raise ValueError(f"size is {text!r}; allowed for {name}: a whole number by axis, {sizes(case)}")
+        sizes_given[axis] = int(number)
+    return Case(case.name, sizes_given, case.options)
+
+
 def sizes(case: Case) -> str:
     """ "b=1 h=8": a case's sizes in one line."""
     return " ".join(f"{axis}={size}" for axis, size in case.sizes.items())

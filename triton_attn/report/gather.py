@@ -25,7 +25,7 @@ from triton_attn.verify import Verdict
 
 _running: set[subprocess.Popen[str]] = set()
 _PATIENCE = 60.0  # for imports, and for the one case that was under way when the time ended
-_LONGEST = 24 * 3600.0
+LONGEST = 24 * 3600.0
 _TIMED_APART = 0.4  # of the budget: timing shares the machine with nothing, checks and compiler share it
 
 
@@ -88,7 +88,7 @@ def _part(
             stopped.set()
             _kill(process)
 
-        timer = threading.Timer(min((seconds or 0.0) + _PATIENCE, _LONGEST), stop)
+        timer = threading.Timer(min((seconds or 0.0) + _PATIENCE, LONGEST), stop)
         timer.start()
         _running.add(process)
         try:
@@ -128,8 +128,8 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 def again(*arguments: str, seconds: float, as_json: bool) -> int:
     """A command in a process where triton is yet to be imported, with this one's output as its own; its exit code."""
-    command, patience = [sys.executable, "-m", "triton_attn", *arguments, *(["--json"] if as_json else [])], _LONGEST
-    if seconds < _LONGEST:
+    command, patience = [sys.executable, "-m", "triton_attn", *arguments, *(["--json"] if as_json else [])], LONGEST
+    if seconds < LONGEST:
         command += ["--seconds", str(seconds)]
         patience = 2 * seconds + _PATIENCE
     try:
