@@ -213,7 +213,7 @@ def test_explain_leaves_the_warning_to_the_call(machine: Machine) -> None:
 
 def test_float64_and_a_mask_with_a_gradient_run_portable_on_any_gpu_each_with_a_warning(machine: Machine) -> None:
     machine((9, 0))
-    mask = torch.zeros(1, 1, 64, 64, requires_grad=True)
+    mask = on_cuda(torch.zeros(1, 1, 64, 64)).requires_grad_()
     with pytest.warns(UserWarning, match=r"query has dtype torch\.float64"):
         attention(**qkv(dtype=torch.float64))
     with pytest.warns(UserWarning, match="mask requires a gradient"):

@@ -162,12 +162,12 @@ def test_forward_mode_and_double_backward_raise(row: Mechanism) -> None:
     leaves, others = drawn(row)
     with use_backend("triton"):
         with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(leaves[0].detach(), torch.ones_like(leaves[0]))
+            dual = torch.autograd.forward_ad.make_dual(leaves[0].detach(), torch.ones_like(leaves[0]))  # type: ignore[no-untyped-call]
             with pytest.raises(NotImplementedError):
                 row.function(dual, *(x.detach() for x in leaves[1:]), **others)
         (first,) = torch.autograd.grad(row.function(*leaves, **others).square().sum(), leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
-            first.sum().backward()
+            first.sum().backward()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("row", ROWS)

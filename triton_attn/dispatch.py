@@ -176,7 +176,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         return stop.explanation
     finally:
         _local.explaining = False
-    raise ArgumentError("explain", "function", f"{function!r} made no call of this package")
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    raise ArgumentError("explain", "function", f"is {name}, which made no call of this package")
 
 
 def explaining() -> bool:

@@ -120,7 +120,8 @@ def judge(
     """Compare outputs and gradients of `run` with the reference in float64, by every tier."""
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where, seed=seed, spread=spread, layout=layout)
     options.setdefault("scale", None)
-    return compare(row, tensors, options, run, case.sizes, dtype=dtype, seed=seed, tf32=tf32)
+    # beside large scores the yardstick is no measure: a log-sum-exp held in float32 errs by its own magnitude
+    return compare(row, tensors, options, run, case.sizes, dtype=dtype, seed=seed, tf32=tf32, statistical=spread <= 1.0)
 
 
 def compare(
@@ -133,8 +134,9 @@ def compare(
     dtype: torch.dtype,
     seed: int = 0,
     tf32: bool = False,
+    statistical: bool = True,
 ) -> list[numerics.Comparison]:
-    """`judge` for given tensors."""
+    """`judge` for given tensors; `statistical` asks for tier 2."""
     wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
     generator = torch.Generator().manual_seed(seed + 1)
     first = next(iter(tensors.values()))
@@ -144,7 +146,7 @@ def compare(
         grads.append(torch.randn(inputs.shape(given.axes, sizes), generator=generator).to(first.device, kind))
     reference = differentiable_run(row, row.reference)
     truth, true_gradients = reference(wide, options, [grad.double() for grad in grads])
-    naive, naive_gradients = reference(tensors, options, grads)
+    naive, naive_gradients = reference(tensors, options, grads) if statistical else ([None] * len(truth), [None] * len(true_gradients))
     found, gradients = run(tensors, options, grads)
     size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
     judged = partial(numerics.compare, dtype=dtype, terms=max(sizes.values()), tf32=tf32)

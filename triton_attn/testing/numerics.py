@@ -8,7 +8,8 @@ Truth is the reference in float64, the yardstick the reference in the working dt
   terms (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019). It needs no assumption on the data, and
   catches index, mask and NaN faults.
 - Tier 2, statistical: the RMS error is at most twice the yardstick's (three times for gradients) and a twentieth of u S, which counts
-  where the yardstick happens to be exact. On tensors of 1024 elements and more; it catches lost precision.
+  where the yardstick happens to be exact. On tensors of 1024 elements and more, drawn from a normal distribution of spread one at
+  most; it catches lost precision.
 """
 
 from __future__ import annotations
