@@ -2,6 +2,8 @@ PYTHON  ?= python3
 PIP     := -m pip install -qq --disable-pip-version-check
 TRITON  := 3.9.0
 TARGETS := sm_80,sm_90
+ALL_TARGETS := $(TARGETS),sm_86,sm_89
+JOBS    ?= $(shell nproc 2>/dev/null || echo 1)
 TYPED   := $(sort $(dir $(wildcard tests/*.py benchmarks/*.py examples/*.py)))
 PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 -q
 
@@ -11,7 +13,7 @@ OLD := .venv-triton36/.installed
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all lint types compile bench docs clean
+.PHONY: report test test-all lint types compile tables bench docs clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -32,8 +34,13 @@ types: $(NEW)
 
 # Two compilers: the newest, and the one that many GPU machines still have.
 compile: $(NEW) $(OLD)
-	.venv/bin/triton-attn compile --target $(TARGETS) --tables
-	.venv-triton36/bin/triton-attn compile --target $(TARGETS) --tables
+	.venv/bin/triton-attn compile --target $(TARGETS) --tables --jobs $(JOBS)
+	.venv-triton36/bin/triton-attn compile --target $(TARGETS) --tables --jobs $(JOBS)
+
+# A tile is shipped if it is legal with both: the second compiler goes on from the first one's choice.
+tables: $(NEW) $(OLD)
+	.venv/bin/triton-attn compile --target $(ALL_TARGETS) --choose triton_attn/tables --jobs $(JOBS)
+	.venv-triton36/bin/triton-attn compile --target $(ALL_TARGETS) --choose triton_attn/tables --jobs $(JOBS)
 
 bench: $(NEW)
 	.venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-only

@@ -151,6 +151,10 @@ def compile_kernels(
     target: Targets = "sm_80,sm_90",
     every_key: Annotated[bool, typer.Option("--tables", help="Every entry of the tile tables, not only a few.")] = False,
     every_tile: Annotated[bool, typer.Option("--every", help="Every candidate tile.")] = False,
+    choose: Annotated[
+        Path | None, typer.Option(help="Write a tile table per target into this folder, going on from the one that is there.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many processes compile.")] = 1,
     seconds: Seconds = math.inf,
     as_json: Json = False,
 ) -> int:
@@ -160,18 +164,35 @@ def compile_kernels(
         raise BadArgument("triton is not installed: nothing can be compiled")
     if device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
+    if choose is not None:
+        return _choose(mechanisms, targets, choose, jobs)
     from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
     total = None if every_tile else parts.launches(mechanisms, targets, every_key=every_key)
     with terminal.progress(total, json=as_json) as (log.tick, step):
-        results = parts.compiled(mechanisms, targets, seconds, log, every_key=every_key, every_tile=every_tile)
+        results = parts.compiled(mechanisms, targets, seconds, log, every_key=every_key, every_tile=every_tile, jobs=jobs)
         found = rows.collect(results, as_json, lambda done: step(len(done)))
     faults = [f"{row.mechanism}/{row.kernel}/{row.launch} {row.target} {row.key} {row.tile}: {row.fault}" for row in found if row.fault]
     if not as_json:
         terminal.show(tables.kernels(found))
         terminal.conclude(len(found), "kernels compiled", faults)
     return _exit_code(log, faults)
+
+
+def _choose(mechanisms: Sequence[Mechanism], targets: Sequence[str], folder: Path, jobs: int) -> int:
+    from triton_attn import offline, tiles
+    from triton_attn.report import terminal
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for target in targets:
+        path = folder / f"{target}.json"
+        before = tiles.read(path) if path.exists() else {}
+        with terminal.progress(None, json=False) as (tick, _):
+            chosen = offline.choose_tiles(mechanisms, target, start=before, jobs=jobs, tick=tick)
+        tiles.write(path, {**before, **chosen}, {"by": "triton-attn compile --choose"})
+        terminal.say(str(path))
+    return 0
 
 
 @app.command()

@@ -50,13 +50,13 @@ def verdicts(rows: Sequence[Mechanism], where: torch.device, seconds: float, log
 
 
 def compiled(
-    rows: Sequence[Mechanism], targets: Sequence[str], seconds: float, log: Log, *, every_key: bool = False, every_tile: bool = False
+    rows: Sequence[Mechanism], targets: Sequence[str], seconds: float, log: Log, *, every_key: bool = False, every_tile: bool = False, jobs: int = 1
 ) -> Iterator[Compiled]:
     """`compile_rows`."""
 
     def run(pair: tuple[Mechanism, str], share: float) -> Iterator[Compiled]:
         _load(pair[0])
-        return compile_rows([pair[0]], [pair[1]], tables=every_key, every=every_tile, seconds=share, tick=log)
+        return compile_rows([pair[0]], [pair[1]], tables=every_key, every=every_tile, seconds=share, jobs=jobs, tick=log)
 
     return _shared([(f"{row.name} for {target}", (row, target)) for row, target in product(rows, targets)], seconds, run, log)
 
