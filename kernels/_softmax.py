@@ -173,11 +173,12 @@ def forward_kernel(
     for i in tl.static_range(len(EDGES)):
         run, stride, length = RUNS(i, start, last, len_m, end, numbers, BLOCK_N)
         if DESCRIPTORS:
+            described = tl.maximum(length, 1)  # of an empty run nothing is read, but a descriptor has at least one row
             k_rows = tl.make_tensor_descriptor(
-                k_base + tl.cast(run, tl.int64) * k_strides[2], [length, D], [stride * k_strides[2], 1], [BLOCK_N, BLOCK_D]
+                k_base + tl.cast(run, tl.int64) * k_strides[2], [described, D], [stride * k_strides[2], 1], [BLOCK_N, BLOCK_D]
             )
             v_rows = tl.make_tensor_descriptor(
-                v_base + tl.cast(run, tl.int64) * v_strides[2], [length, E], [stride * v_strides[2], 1], [BLOCK_N, BLOCK_E]
+                v_base + tl.cast(run, tl.int64) * v_strides[2], [described, E], [stride * v_strides[2], 1], [BLOCK_N, BLOCK_E]
             )
         for offset in tl.range(0, length, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
             n, in_n = run + (offset + lane_n) * stride, offset + lane_n < length

@@ -64,7 +64,8 @@ def _backward_key(key: Key) -> Sequence[Tile]:
         return _wide_operands(key)
     if not key.plain:
         return _laden(key, backward=True)
-    return tuple(ranges((64, 32, 16), (128, 64, 32), (8, 4), (2, 1)))
+    # many keys first: they are the rows of every product here, and Hopper's instruction takes 64 of them
+    return tuple(tile for keys in (128, 64, 32) for tile in ranges((64, 32), (keys,), (8, 4), (2, 1)))
 
 
 def _first(key: Key) -> Tile:

@@ -50,7 +50,14 @@ def verdicts(rows: Sequence[Mechanism], where: torch.device, seconds: float, log
 
 
 def compiled(
-    rows: Sequence[Mechanism], targets: Sequence[str], seconds: float, log: Log, *, every_key: bool = False, every_tile: bool = False, jobs: int = 1
+    rows: Sequence[Mechanism],
+    targets: Sequence[str],
+    seconds: float,
+    log: Log,
+    *,
+    every_key: bool = False,
+    every_tile: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Compiled]:
     """`compile_rows`."""
 
