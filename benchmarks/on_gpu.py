@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from triton_attn import CATALOG, bench, device, dispatch, tiles, verify
+from triton_attn import CATALOG, bench, device, dispatch, offline, tiles, verify
 from triton_attn.mechanism import Case, Code, Kernel, Launch, Mechanism
 from triton_attn.testing import inputs, numerics
 
@@ -24,6 +24,9 @@ WHERE = torch.device("cuda", 0)
 DTYPES = {"16bit": (torch.float16, torch.bfloat16), "float32": (torch.float32,), "tf32": (torch.float32,)}
 WIDTHS = (16, 32, 64, 80, 96, 128, 256)
 TIMED_WIDTHS = (64, 128, 256)
+JUDGED = (torch.float16, torch.bfloat16, torch.float32)
+TUNED, LONG = torch.bfloat16, 4096
+UNEVEN = {"m": 200, "n": 300}  # no multiple of any tile
 
 
 def cases(row: Mechanism, width: int) -> Iterator[Case]:
@@ -48,16 +51,15 @@ def correctness(note: Callable[[dict[str, Any]], None]) -> None:
         for kernel in dict.fromkeys(kernel for kernel, _, _ in launches(row)):
             for width in WIDTHS:
                 for case in cases(row, width):
-                    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                    for dtype in JUDGED:
                         if not kernel.refuses(*inputs.meta(row, case, dtype)):
                             _judge(note, row, kernel, case, dtype, None)
         for kernel, code, launch in launches(row):
-            for key in _keys():
+            for key in offline.keys():
                 for tile in code.spaces[launch.name].of(device.profile(0).capability, key):
-                    for case in (
-                        Case("probe", {**case.sizes, "b": 1, "m": 200, "n": 300}, case.options) for case in row.probes(key.width, key.plain)
-                    ):
-                        case = replace(case, options={**case.options, **({"causal": "bottom_right"} if "causal" in case.options else {})})
+                    for probe in row.probes(key.width, key.plain):
+                        causal = {"causal": "bottom_right"} if "causal" in probe.options else {}
+                        case = Case("probe", {**probe.sizes, "b": 1, **UNEVEN}, {**probe.options, **causal})
                         dtype = DTYPES[key.operands][-1]
                         if not kernel.refuses(*inputs.meta(row, case, dtype)):
                             with precision(key):
@@ -76,12 +78,6 @@ class precision:
 
     def __exit__(self, *error: object) -> None:
         torch.set_float32_matmul_precision(self.before)
-
-
-def _keys() -> Iterator[tiles.Key]:
-    from triton_attn import offline
-
-    return offline.keys()
 
 
 def _judge(
@@ -113,15 +109,15 @@ def tune(note: Callable[[dict[str, Any]], None], seconds: float) -> None:
             for key in (tiles.Key("16bit", width, plain) for width in TIMED_WIDTHS for plain in (True, False)):
                 times: list[tuple[float, tiles.Tile]] = []
                 options = {"causal": "top_left"} if key.plain else {"causal": "top_left", "key_padding_mask": "suffix", "dropout_p": 0.1}
-                sizes = {"b": 2, "h": 16, "g": 16, "m": 4096, "n": 4096, "d": key.width, "e": key.width}
-                large, small = Case("tune", sizes, options), Case("check", {**sizes, "b": 1, "h": 2, "g": 2, "m": 300, "n": 300}, options)
-                if kernel.refuses(*inputs.meta(row, large, torch.bfloat16)):
+                sizes = {"b": 2, "h": 16, "g": 16, "m": LONG, "n": LONG, "d": key.width, "e": key.width}
+                large, small = Case("tune", sizes, options), Case("check", {**sizes, "b": 1, "h": 2, "g": 2, **UNEVEN}, options)
+                if kernel.refuses(*inputs.meta(row, large, TUNED)):
                     continue
                 for tile in space.of(profile.capability, key):
                     if time.perf_counter() - start > seconds:
                         break
                     chosen = {launch.name: tile}
-                    if not _judge(note, row, kernel, small, torch.bfloat16, chosen):
+                    if not _judge(note, row, kernel, small, TUNED, chosen):
                         continue
                     call = _launch_call(row, code, launch, large, chosen)
                     milliseconds = float(do_bench(call, warmup=10, rep=40, return_mode="median"))
@@ -137,7 +133,7 @@ def tune(note: Callable[[dict[str, Any]], None], seconds: float) -> None:
 
 
 def _launch_call(row: Mechanism, code: Code, launch: Launch, case: Case, chosen: dict[str, tiles.Tile]) -> Callable[[], Any]:
-    tensors, options = inputs.draw(row, case, dtype=torch.bfloat16, device=WHERE)
+    tensors, options = inputs.draw(row, case, dtype=TUNED, device=WHERE)
     if not launch.gradients:
         return lambda: code.forward(**tensors, **options, tile=chosen)
     outputs = code.forward(**tensors, **options, **{row.more: True})
