@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from triton_attn import CATALOG, bench, device, dispatch, offline, tiles, verify
+from triton_attn import CATALOG, bench, device, dispatch, tiles, verify
 from triton_attn.mechanism import Case, Code, Kernel, Launch, Mechanism
 from triton_attn.testing import inputs, numerics
 
@@ -55,7 +55,7 @@ def correctness(note: Callable[[dict[str, Any]], None]) -> None:
                         if not kernel.refuses(*inputs.meta(row, case, dtype)):
                             _judge(note, row, kernel, case, dtype, None)
         for kernel, code, launch in launches(row):
-            for key in offline.keys():
+            for key in tiles.every_key():
                 for tile in code.spaces[launch.name].of(device.profile(0).capability, key):
                     for probe in row.probes(key.width, key.plain):
                         causal = {"causal": "bottom_right"} if "causal" in probe.options else {}

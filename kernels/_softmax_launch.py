@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_attn import device
 from triton_attn.kernels import _dropout, _softmax, _softmax_backward
 from triton_attn.reference._dropout import rescale, threshold
-from triton_attn.tiles import WIDTHS, Key, Space, Tile, find
+from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key, Space, Tile, find
 
 MODULES = (_softmax, _softmax_backward, _dropout)
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "forward", "backward_query", "backward_key"
@@ -59,8 +59,11 @@ Tiles = Tile | Mapping[str, Tile] | None
 
 def key(query: Tensor, value: Tensor, extras: Extras) -> Key:
     """What this call's tiles depend on."""
-    operands = "16bit" if query.element_size() == 2 else "float32" if _precision() == "ieee" else "tf32"
-    return Key(operands, max(WIDTHS[0], _padded(query.shape[-1]), _padded(value.shape[-1])), extras.plain)
+    width = max(WIDTHS[0], _padded(query.shape[-1]), _padded(value.shape[-1]))
+    if query.element_size() == 2:
+        return Key("16bit", width, extras.plain)
+    exact = torch.get_float32_matmul_precision() == "highest" or width > WIDEST_TF32
+    return Key("float32" if exact else "tf32", width, extras.plain)
 
 
 def forward(
@@ -75,7 +78,7 @@ def forward(
     descriptors: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    (b, h, m, d), (g, n), e = query.shape, key_.shape[1:3], value.shape[-1]
+    (b, h, m), (g, n), e = query.shape[:3], key_.shape[1:3], value.shape[-1]
     out = torch.empty((b, h, m, e), dtype=query.dtype, device=query.device)
     lse = torch.empty((b, h, m), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
@@ -113,7 +116,7 @@ def forward(
             EDGES=pattern.edges,
             DESCRIPTORS=descriptors,
             WARP_SPECIALIZE=chosen.warp_specialize,
-            **_constants(extras, d, e, n),
+            **_constants(query, value, extras),
             **_launch(chosen),
         )
     return out, lse
@@ -134,7 +137,7 @@ def backward(
     tile: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV); an empty tensor for what is not needed."""
-    (b, h, m, d), (g, n), e = query.shape, key_.shape[1:3], value.shape[-1]
+    (b, h, m), (g, n), e = query.shape[:3], key_.shape[1:3], value.shape[-1]
     grad_out, grad_lse = grads
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
@@ -143,7 +146,7 @@ def backward(
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key_, value)) if needs[1] or needs[2] else (nothing, nothing)
     delta = torch.empty_like(lse)
     tensors, numbers = _riders(extras, b, h, m, n)
-    constants = _constants(extras, d, e, n)
+    constants = _constants(query, value, extras)
     scalars = (_score_scale(extras), extras.scale, threshold(extras.dropout_p), rescale(extras.dropout_p), pattern.numbers)
     strides = (query.stride(), key_.stride(), value.stride(), *numbers, grad_out.stride())
     with device.guard(query):
@@ -256,8 +259,8 @@ def _riders(extras: Extras, b: int, h: int, m: int, n: int) -> tuple[tuple[Tenso
     return (mask, padding, end, extras.seed), (mask_strides, padding_strides)
 
 
-def _constants(extras: Extras, d: int, e: int, n: int) -> dict[str, Any]:
-    mask = extras.mask
+def _constants(query: Tensor, value: Tensor, extras: Extras) -> dict[str, Any]:
+    mask, d, e, n = extras.mask, query.shape[-1], value.shape[-1], value.shape[2]
     return {
         "MASK": _softmax.NO_MASK.value if mask is None else _softmax.BOOLEAN.value if mask.dtype == torch.bool else _softmax.ADDITIVE.value,
         "PADDING": extras.key_padding_mask is not None and n > 0,
@@ -266,7 +269,7 @@ def _constants(extras: Extras, d: int, e: int, n: int) -> dict[str, Any]:
         "E": e,
         "BLOCK_D": _padded(d),
         "BLOCK_E": _padded(e),
-        "PRECISION": _precision(),
+        "PRECISION": "tf32" if key(query, value, extras).operands == "tf32" else "ieee",
     }
 
 
@@ -287,10 +290,6 @@ def _score_scale(extras: Extras) -> float:
 
 def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _grid(programs: int) -> tuple[int]:

@@ -19,14 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_attn import CATALOG, ArgumentError, Unsupported, attention, device, dispatch, explain, offline, operators, tiles, use_backend
+from triton_attn import CATALOG, ArgumentError, Unsupported, attention, device, dispatch, explain, operators, tiles, use_backend
 from triton_attn.mechanism import Code
 from triton_attn.tiles import Key, Tile
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = CATALOG["attention"]
 KERNELS = {kernel.name: kernel for kernel in ROW.kernels}
-KEYS = tuple(offline.keys())
+KEYS = tuple(tiles.every_key())
 NOTHING: dict[str, Any] = {"mask": None, "key_padding_mask": None, "seed": None}
 PLAIN: dict[str, Any] = {"causal": "", "scale": 1.0, "dropout_p": 0.0}
 

@@ -15,7 +15,7 @@ import torch
 import triton.testing
 
 from benchmarks import on_gpu
-from triton_attn import CATALOG, device, dispatch, offline, tiles
+from triton_attn import CATALOG, device, dispatch, tiles
 from triton_attn.mechanism import Case
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
     monkeypatch.setattr(on_gpu, "TIMED_WIDTHS", (32,))
     monkeypatch.setattr(on_gpu, "LONG", 2)
     monkeypatch.setattr(on_gpu, "UNEVEN", {"m": 20, "n": 20})
-    monkeypatch.setattr(offline, "keys", lambda: iter((tiles.Key("16bit", 32), tiles.Key("tf32", 32, plain=False))))
+    monkeypatch.setattr(tiles, "every_key", lambda: iter((tiles.Key("16bit", 32), tiles.Key("tf32", 32, plain=False))))
     monkeypatch.setattr(on_gpu, "TUNED", torch.float16)
     monkeypatch.setattr(on_gpu, "CATALOG", {"attention": replace(row, cases=(small,), probes=lambda width, plain: (small,))})
     monkeypatch.setattr(device, "profile", lambda index: device.Profile("NVIDIA H200", (9, 0)))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from triton_attn import CATALOG, device, offline
+from triton_attn import CATALOG, device, tiles
 from triton_attn.mechanism import Kernel, Launch, Mechanism
 from triton_attn.tiles import Tile
 
@@ -396,7 +396,7 @@ def test_the_work_model_counts_the_pairs_that_the_reference_sees(row: Mechanism,
 def test_every_launch_has_tiles_for_every_gpu_and_every_key(kernel: Kernel, launch: Launch) -> None:
     pytest.importorskip("triton")
     space = kernel.load().spaces[launch.name]
-    for capability, key in itertools.product(device.LIMITS, offline.keys()):
+    for capability, key in itertools.product(device.LIMITS, tiles.every_key()):
         candidates = list(space.of(capability, key))
         assert candidates, (capability, key)
         assert len(set(candidates)) == len(candidates), (capability, key)

@@ -336,7 +336,7 @@ def test_an_entry_with_a_bad_tile_is_named_with_its_launch(tmp_path: Path) -> No
         tiles.read(path)
 
 
-@given(st.dictionaries(st.sampled_from([str(Key(o, w, p)) for o in tiles.OPERANDS for w in tiles.WIDTHS for p in (True, False)]), LEGAL))
+@given(st.dictionaries(st.sampled_from([str(key) for key in tiles.every_key()]), LEGAL))
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, Tile]) -> None:
     path = tmp_path_factory.mktemp("tables") / "deeper" / "sm_90.json"
     launches = {LAUNCH: {"hash": "abc", "evidence": "median of 30", "tiles": chosen}}

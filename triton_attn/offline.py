@@ -128,12 +128,6 @@ REPRESENTATIVE = (tiles.Key("16bit", 64), tiles.Key("16bit", 128))
 DTYPES = {"16bit": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 
 
-def keys() -> Iterator[tiles.Key]:
-    """Every key that a table holds."""
-    for operands, width, plain in product(tiles.OPERANDS, tiles.WIDTHS, (True, False)):
-        yield tiles.Key(operands, width, plain)
-
-
 def compile_rows(
     rows: Sequence[Mechanism],
     targets: Sequence[str],
@@ -149,7 +143,7 @@ def compile_rows(
     tasks = []
     for row, target in product(rows, targets):
         for kernel, launch, space in _launches(row, device.capability(target)):
-            for key in keys() if tables or every else REPRESENTATIVE:
+            for key in tiles.every_key() if tables or every else REPRESENTATIVE:
                 full = f"{row.name}/{kernel.name}/{launch.name}"
                 nominal = device.Profile(target, device.capability(target))
                 candidates = space.of(nominal.capability, key) if every else (tiles.look_up(full, space, key, nominal).tile,)
@@ -180,7 +174,7 @@ def choose_tiles(
     for row in rows:
         for kernel, launch, space in _launches(row, device.capability(target)):
             spaces[f"{row.name}/{kernel.name}/{launch.name}"] = space
-            for key in keys():
+            for key in tiles.every_key():
                 candidates = tuple(space.of(device.capability(target), key))
                 begun = (start or {}).get(f"{row.name}/{kernel.name}/{launch.name}", {"tiles": {}})["tiles"].get(str(key))
                 candidates = candidates[candidates.index(begun) if begun in candidates else 0 :]
