@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from triton_attn import CATALOG, device, tiles
@@ -34,6 +36,6 @@ def test_every_call_that_a_kernel_serves_finds_a_fresh_tile(target: str, row: Me
 
 
 @pytest.mark.parametrize("path", sorted(tiles.SHIPPED.glob("*.json")), ids=lambda path: path.name)
-def test_every_shipped_table_can_be_read_and_says_where_it_is_from(path: object) -> None:
-    for entry in tiles.read(path).values():  # type: ignore[arg-type]
+def test_every_shipped_table_can_be_read_and_says_where_it_is_from(path: Path) -> None:
+    for entry in tiles.read(path).values():
         assert entry["evidence"].startswith(("offline", "tuned on"))

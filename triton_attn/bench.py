@@ -62,16 +62,14 @@ def bench(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     for row in rows:
         start = time.perf_counter()
-        cases = row.workloads[where.type]
-        for position, case in enumerate(cases):
-            for direction in (FORWARD, BOTH):
-                for peer in row.peers:
-                    spent = time.perf_counter() - start
-                    if spent > seconds:
-                        return
-                    tick(f"{row.name} {case.name} {direction} beside {peer}")
-                    share = (seconds - spent) / max(1, 2 * (len(cases) - position))
-                    yield time_beside(row, case, peer, direction, where, dtype, seconds=min(share, 4.0))
+        # every workload forward before any backward, so that a short time shows most
+        plan = [(direction, case, peer) for direction in (FORWARD, BOTH) for case in row.workloads[where.type] for peer in row.peers]
+        for done, (direction, case, peer) in enumerate(plan):
+            spent = time.perf_counter() - start
+            if spent > seconds:
+                break
+            tick(f"{row.name} {case.name} {direction} beside {peer}")
+            yield time_beside(row, case, peer, direction, where, dtype, seconds=min((seconds - spent) / (len(plan) - done), 4.0))
 
 
 def time_beside(
@@ -102,7 +100,7 @@ def _forward_and_backward(call: Callable[[], Tensor], leaves: list[Tensor], grad
 
 
 def interleave(
-    ours: Callable[[], Any], theirs: Callable[[], Any], where: torch.device, *, seconds: float, least: int = 5, most: int = 200
+    ours: Callable[[], Any], theirs: Callable[[], Any], where: torch.device, *, seconds: float, least: int = 3, most: int = 200
 ) -> tuple[list[float], list[float]]:
     """Seconds per call of each, in rounds of ABBA; the first round warms up and does not count."""
     times: tuple[list[float], list[float]] = ([], [])
