@@ -164,6 +164,18 @@ def launches_stand_under_the_guard(path: str, tree: ast.AST) -> Iterator[str]:
             yield f"launches {ast.unparse(node).split('[')[0]}"
 
 
+def nothing_is_timed_when_a_call_is_made(path: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).split(".")[-1] in ("autotune", "Autotuner", "do_bench"):
+            yield ast.unparse(node)
+
+
+def no_kernel_copies_for_a_layout(path: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("contiguous", "clone", "reshape"):
+            yield ast.unparse(node)
+
+
 def comparisons_are_asserted(path: str, tree: ast.AST) -> Iterator[str]:
     for statement in ast.walk(tree):
         if not isinstance(statement, ast.Expr):
@@ -256,6 +268,19 @@ RULES: list[tuple[Rule, tuple[str, ...], list[tuple[str, str]]]] = [
         launches_stand_under_the_guard,
         HOUSE,
         [("kernels/x.py", "def f(q):\n    with device.guard(q):\n        forward_kernel[grid](q)\n    loop.backward_kernel[grid](q)")],
+    ),
+    (
+        nothing_is_timed_when_a_call_is_made,
+        HOUSE,
+        [
+            ("kernels/attention.py", "@triton.autotune(configs, key=[])\ndef f(): pass"),
+            ("triton_attn/dispatch.py", "from triton import testing\ntesting.do_bench(f)"),
+        ],
+    ),
+    (
+        no_kernel_copies_for_a_layout,
+        ("kernels",),
+        [("kernels/attention.py", "query = query.contiguous()"), ("kernels/attention.py", "x = key.reshape(-1)")],
     ),
     (
         comparisons_are_asserted,

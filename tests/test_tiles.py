@@ -437,3 +437,8 @@ def test_the_hash_covers_every_module_and_imports_none(tmp_path: Path) -> None:
 )
 def test_a_devices_name_becomes_a_file_name_that_stays_in_its_folder(name: str, stem: str) -> None:
     assert tiles.slug(name) == stem
+
+
+def test_a_kernel_with_atomics_is_not_deterministic_and_so_not_legal() -> None:
+    used = Usage(32, 0, 1024, 4, tensor_core=1, asynchronous=1, atomics=2)
+    assert "2 atomic operations" in tiles.illegal(used, LIMITS[8, 0])

@@ -90,6 +90,7 @@ def usage(kernel: Any) -> Usage:
         warps=int(launched[1]) // 32 if launched else kernel.metadata.num_warps,
         tensor_core=assembly.count("wgmma.mma_async") + len(re.findall(r"\bmma\.sync", assembly)),
         asynchronous=assembly.count("cp.async.c") + assembly.count("cp.async.bulk.tensor"),
+        atomics=len(re.findall(r"\b(?:atom|red)\.", assembly)),
         specialised="setmaxnreg" in assembly,
     )
 

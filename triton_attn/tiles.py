@@ -119,6 +119,7 @@ class Usage:
     warps: int
     tensor_core: int  # wgmma or mma instructions
     asynchronous: int  # cp.async or bulk copies
+    atomics: int = 0
     specialised: bool = False  # setmaxnreg present
 
 
@@ -128,6 +129,8 @@ def illegal(usage: Usage, limits: device.Limits) -> str:
         return f"needs {usage.shared} bytes of shared memory, a block has {limits.shared_per_block}"
     if usage.spilled:
         return f"spills {usage.spilled} bytes"
+    if usage.atomics:
+        return f"has {usage.atomics} atomic operations, whose order decides the last bits"
     return ""
 
 
