@@ -7,6 +7,7 @@ offline compile strikes out what spills or does not fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 from triton_attn.kernels._softmax_launch import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, MODULES
@@ -34,7 +35,9 @@ def _forward_sm80(key: Key) -> Sequence[Tile]:
         return _laden(key, backward=False)
     if key.width <= 64:
         return tuple(ranges((128, 64), (64, 32), (4, 8), (3, 2)))
-    return tuple(ranges((128, 64), (64, 32), (8, 4), (3, 2, 1)))
+    if key.width <= 128:
+        return tuple(ranges((128, 64), (64, 32), (8, 4), (3, 2)))
+    return tuple(ranges((64, 32), (32, 16), (8, 4), (2, 1)))
 
 
 def _forward_sm90(key: Key) -> Sequence[Tile]:
@@ -51,21 +54,23 @@ def _forward_descriptors(key: Key) -> Sequence[Tile]:
     return (*_forward_sm90(key), Tile(128, 128, 4, 2, warp_specialize=True), Tile(128, 64, 4, 2, warp_specialize=True))
 
 
-def _backward_query(key: Key) -> Sequence[Tile]:
+def _backward_query(key: Key, most_rows: int) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
     if not key.plain:
         return _laden(key, backward=True)
-    return tuple(ranges((128, 64, 32), (64, 32), (8, 4), (2, 1)))
+    rows = (128, 64, 32) if key.width <= 128 else tuple(rows for rows in (128, 64, 32) if rows <= most_rows)
+    return tuple(ranges(rows, (64, 32) if key.width <= 128 else (32, 16), (8, 4), (2, 1)))
 
 
-def _backward_key(key: Key) -> Sequence[Tile]:
+def _backward_key(key: Key, most_keys: int) -> Sequence[Tile]:
     if key.operands != "16bit":
         return _wide_operands(key)
     if not key.plain:
         return _laden(key, backward=True)
     # many keys first: they are the rows of every product here, and Hopper's instruction takes 64 of them
-    return tuple(tile for keys in (128, 64, 32) for tile in ranges((64, 32), (keys,), (8, 4), (2, 1)))
+    keys = (128, 64, 32) if key.width <= 128 else tuple(keys for keys in (32, 16) if keys <= most_keys)
+    return tuple(tile for columns in keys for tile in ranges((64, 32), (columns,), (8, 4), (2, 1)))
 
 
 def _first(key: Key) -> Tile:
@@ -80,8 +85,10 @@ def by_pointers(pattern: ModuleType) -> dict[str, Space]:
     modules = (*MODULES, pattern)
     return {
         FORWARD: Space({(8, 0): _forward_sm80, (9, 0): _forward_sm90}, _first, modules),
-        BACKWARD_QUERY: Space({(8, 0): _backward_query}, _first, modules),
-        BACKWARD_KEY: Space({(8, 0): _backward_key}, _first, modules),
+        BACKWARD_QUERY: Space(
+            {(8, 0): partial(_backward_query, most_rows=64), (9, 0): partial(_backward_query, most_rows=128)}, _first, modules
+        ),
+        BACKWARD_KEY: Space({(8, 0): partial(_backward_key, most_keys=16), (9, 0): partial(_backward_key, most_keys=32)}, _first, modules),
     }
 
 
