@@ -2,6 +2,7 @@ PYTHON  ?= python3
 PIP     := -m pip install -qq --disable-pip-version-check
 TRITON  := 3.9.0
 TARGETS := sm_80,sm_90
+SHIPPED := $(TARGETS),sm_86,sm_89
 JOBS    ?= $(shell nproc 2>/dev/null || echo 1)
 TYPED   := $(sort $(dir $(wildcard tests/*.py benchmarks/*.py examples/*.py)))
 PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 -q
@@ -38,8 +39,8 @@ compile: $(NEW) $(OLD)
 
 # A tile is shipped if it is legal with both: the second compiler goes on from the first one's choice.
 tables: $(NEW) $(OLD)
-	.venv/bin/triton-attn compile --target $(TARGETS) --choose triton_attn/tables --jobs $(JOBS)
-	.venv-triton36/bin/triton-attn compile --target $(TARGETS) --choose triton_attn/tables --jobs $(JOBS)
+	.venv/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
+	.venv-triton36/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
 
 bench: $(NEW)
 	.venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-only
