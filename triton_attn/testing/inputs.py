@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_attn.mechanism import Case, Mechanism, Sizes
+from triton_attn.mechanism import Case, Input, Mechanism, Sizes
 
 CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET = "contiguous", "permuted", "sliced", "strided", "expanded", "offset"
 
@@ -31,36 +31,41 @@ def draw(
 ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
     """(tensors by input name, options) for one call. Options that name a mask or padding say how to draw it."""
     generator = torch.Generator().manual_seed(seed)
-    options = dict(case.options)
+    wanted, options = _wanted(row, case)
     tensors: dict[str, Tensor | None] = {}
-    for name, given in row.inputs.items():
-        how = options.pop(name, None)
-        size = shape(given.axes, case.sizes)
-        if given.kind == "values":
+    for name, given, how, size in wanted:
+        if how is None:
+            tensors[name] = None
+        elif given.kind == "values":
             tensors[name] = laid_out((torch.randn(size, generator=generator) * spread).to(dtype), layout).to(device)
         elif given.kind == "seed":
-            dropped = options.get("dropout_p", 0.0) > 0
-            tensors[name] = torch.randint(2**62, (), generator=generator).to(device) if dropped else None
+            tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
         else:
-            tensors[name] = None if how is None else MASKS[how](size, generator).to(device)
+            tensors[name] = MASKS[how](size, generator).to(device)
     return tensors, options
 
 
 def meta(row: Mechanism, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
     """The same without storage, for the compiler. Nothing is drawn, so sizes may be large."""
-    options = dict(case.options)
+    wanted, options = _wanted(row, case)
+    dtypes = {"values": dtype, "seed": torch.int64, "padding": torch.bool}
     tensors: dict[str, Tensor | None] = {}
+    for name, given, how, size in wanted:
+        kind = dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
+        tensors[name] = None if how is None else torch.empty(size, dtype=kind, device="meta")
+    return tensors, options
+
+
+def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tuple[int, ...]]], dict[str, Any]]:
+    """(name, input, how to draw it or None for absent, size) of every input, and the options that are none."""
+    options = dict(case.options)
+    wanted = []
     for name, given in row.inputs.items():
         how = options.pop(name, None)
-        size = shape(given.axes, case.sizes)
-        if given.kind == "values":
-            tensors[name] = torch.empty(size, dtype=dtype, device="meta")
-        elif given.kind == "seed":
-            tensors[name] = torch.empty((), dtype=torch.int64, device="meta") if options.get("dropout_p", 0.0) > 0 else None
-        else:
-            boolean = torch.float32 if how == "additive" else torch.bool
-            tensors[name] = None if how is None else torch.empty(size, dtype=boolean, device="meta")
-    return tensors, options
+        if given.kind == "seed":
+            how = options.get("dropout_p") or None
+        wanted.append((name, given, "normal" if given.required else how, shape(given.axes, case.sizes)))
+    return wanted, options
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
