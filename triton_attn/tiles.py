@@ -79,7 +79,7 @@ class Key:
 
 OPERANDS = ("16bit", "float32", "tf32")
 WIDTHS = (32, 64, 128, 256)  # narrower heads take the tiles of 32
-WIDEST_TF32 = 128  # wider ones spill with whatever tile, so they are computed in exact float32
+WIDEST_TF32 = 128  # of a wider one every dK and dV tile that was tried spilled, so it is computed in exact float32
 
 
 def every_key() -> Iterator[Key]:

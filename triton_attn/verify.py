@@ -47,7 +47,7 @@ def verify(
                         continue
                     tick(f"{row.name} {implementation} {case.name} {dtype}")
                     began = time.perf_counter()
-                    comparisons = judge(row, case, run, dtype=dtype, where=where)
+                    comparisons = judge(row, case, run, dtype=dtype, where=where, borrowed=implementation == "portable")
                     worst = max(comparisons, key=lambda c: c.share)
                     faults = "; ".join(c.fault for c in comparisons if c.fault)
                     spent = time.perf_counter() - began
@@ -116,12 +116,13 @@ def judge(
     spread: float = 1.0,
     layout: str = inputs.CONTIGUOUS,
     tf32: bool = False,
+    borrowed: bool = False,
 ) -> list[numerics.Comparison]:
     """Compare outputs and gradients of `run` with the reference in float64, by every tier."""
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where, seed=seed, spread=spread, layout=layout)
     options.setdefault("scale", None)
     # beside large scores the yardstick is no measure: a log-sum-exp held in float32 errs by its own magnitude
-    return compare(row, tensors, options, run, case.sizes, dtype=dtype, seed=seed, tf32=tf32, statistical=spread <= 1.0)
+    return compare(row, tensors, options, run, case.sizes, dtype=dtype, seed=seed, tf32=tf32, statistical=spread <= 1.0, borrowed=borrowed)
 
 
 def compare(
@@ -135,6 +136,7 @@ def compare(
     seed: int = 0,
     tf32: bool = False,
     statistical: bool = True,
+    borrowed: bool = False,
 ) -> list[numerics.Comparison]:
     """`judge` for given tensors; `statistical` asks for tier 2."""
     wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
@@ -149,7 +151,7 @@ def compare(
     naive, naive_gradients = reference(tensors, options, grads) if statistical else ([None] * len(truth), [None] * len(true_gradients))
     found, gradients = run(tensors, options, grads)
     size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
-    judged = partial(numerics.compare, dtype=dtype, terms=max(sizes.values()), tf32=tf32)
+    judged = partial(numerics.compare, dtype=dtype, borrowed=borrowed, tf32=tf32)
     results = []
     for name, x, true, yardstick in zip(row.outputs, found, truth, naive, strict=True):
         results.append(judged(name, x, true, size[name], yardstick=yardstick))

@@ -4,9 +4,9 @@ Truth is the reference in float64, the yardstick the reference in the working dt
 
 - Tier 0, exact: shape, dtype and device as promised; infinities and NaN exactly where the truth has them.
 - Tier 1, componentwise: |error| <= K u S + eta for every element, u being the unit roundoff and S the same formula on magnitudes
-  (the mechanism's `bound`). K is 4; where sums accumulate in the working precision itself, float32 and float64, 4 + sqrt(n) for n
-  terms (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019). It needs no assumption on the data, and
-  catches index, mask and NaN faults.
+  (the mechanism's `bound`). K is 4, and 8 for gradients in float32 and float64, whose sums accumulate in the working precision. What
+  is `borrowed`, computed by torch's own call, has 8 throughout in float32: torch 2.13's fused CPU call was seen at 4.9, kernels were not.
+  It needs no assumption on the data, and catches index, mask and NaN faults.
 - Tier 2, statistical: the RMS error is at most twice the yardstick's (three times for gradients) and a twentieth of u S, which counts
   where the yardstick happens to be exact. On tensors of 1024 elements and more, drawn from a normal distribution of spread one at
   most; it catches lost precision.
@@ -14,7 +14,6 @@ Truth is the reference in float64, the yardstick the reference in the working dt
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 1e-300, torch.float32: 1e-36, torch.float16: 2.0**-24, torch.bfloat16: 1e-36}
 TF32_ROUNDOFF = 2.0**-10
-FACTOR = 4.0
+FACTOR, FACTOR_WIDE = 4.0, 8.0
 RMS_FACTOR, RMS_FACTOR_GRADIENT, RMS_SHARE = 2.0, 3.0, 0.05
 ENOUGH = 1024
 
@@ -50,14 +49,14 @@ def compare(
     size: Tensor,
     *,
     dtype: torch.dtype,
-    terms: int = 1,
+    borrowed: bool = False,
     gradient: bool = False,
     yardstick: Tensor | None = None,
     tf32: bool = False,
 ) -> Comparison:
     """Judge one tensor computed from inputs of `dtype`.
 
-    `size` is S of the bound, `terms` the length of the longest sum, `yardstick` the naive result in that dtype.
+    `size` is S of the bound, `yardstick` the naive result in that dtype.
     """
     if found.shape != truth.shape:
         return Comparison(name, float("inf"), 0.0, f"{name} has shape {tuple(found.shape)}, not {tuple(truth.shape)}")
@@ -72,7 +71,8 @@ def compare(
     if error.numel() == 0:
         return Comparison(name, 0.0, 0.0)
     unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
-    factor = FACTOR + (math.sqrt(terms) if dtype in (torch.float32, torch.float64) else 0.0)
+    wide = (gradient and dtype in (torch.float32, torch.float64)) or (borrowed and dtype == torch.float32)
+    factor = FACTOR_WIDE if wide else FACTOR
     if dtype == torch.float64:
         factor *= 2  # the truth errs as much
     allowed = factor * unit * size.masked_fill(~finite, 0.0) + SMALLEST[dtype]
