@@ -1,0 +1,241 @@
+"""Triton's interpreter with its gaps filled: it computes bfloat16 and tf32 rightly, and looks at every access."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.runtime import interpreter as plain
+
+from triton_attn.testing.interpreter import formats
+from triton_attn.testing.interpreter.faults import AssertionFailed, FalsePromise, IntegerOverflow, Misaligned, SmallDot
+from triton_attn.testing.interpreter.memory import Access, Memory
+
+BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
+Handle = Any  # plain.TensorHandle; Triton has no types
+_least_dot = nvidia.min_dot_size(GPUTarget("cuda", 80, 32))
+
+
+def is_bfloat16(handle: Handle) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def widened(handle: Handle) -> Handle:
+    """bfloat16 as float32, anything else as it is."""
+    return plain.TensorHandle(formats.widen(handle.data), tl.float32) if is_bfloat16(handle) else handle
+
+
+def narrowed(handle: Handle) -> Handle:
+    """A float32 result as bfloat16; a truth value stays one."""
+    if handle.data.dtype == np.bool_:
+        return plain.TensorHandle(handle.data, tl.bfloat16)
+    return plain.TensorHandle(formats.narrow(handle.data), tl.bfloat16)
+
+
+def _on_bfloat16(name: str) -> Callable[..., Handle]:
+    """The plain operation, computed in float32 and rounded once where it is given bfloat16."""
+    operation = getattr(plain.InterpreterBuilder, name)
+
+    def computed(self: Any, *handles: Any) -> Handle:
+        if not any(isinstance(handle, plain.TensorHandle) and is_bfloat16(handle) for handle in handles):
+            return operation(self, *handles)
+        return narrowed(operation(self, *(widened(handle) if isinstance(handle, plain.TensorHandle) else handle for handle in handles)))
+
+    return computed
+
+
+def _keeping_origins(name: str) -> Callable[..., Handle]:
+    """The plain operation; pointers in its result remember which arguments they came from."""
+    operation = getattr(plain.InterpreterBuilder, name)
+
+    def computed(self: Any, *handles: Any) -> Handle:
+        result = operation(self, *handles)
+        remember(result, origins(handles))
+        return result
+
+    return computed
+
+
+def origins(handles: Iterable[Any]) -> tuple[str, ...]:
+    """Names of the tensor arguments behind some pointers."""
+    found = [getattr(handle, "attr", {}).get("origins", ()) for handle in handles]
+    return tuple(dict.fromkeys(name for names in found for name in names))
+
+
+def remember(handle: Handle, names: tuple[str, ...]) -> None:
+    if names:
+        for each in handle if isinstance(handle, tuple) else (handle,):
+            each.attr["origins"] = names
+
+
+class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
+    """Takes the place of Triton's own while strictness is on; `memory` and `program` are the launch's."""
+
+    memory: Memory | None = None
+    program: int = 0
+    tf32 = poison = True
+
+    # pointers know where they come from
+
+    create_addptr = _keeping_origins("create_addptr")
+    create_bitcast = create_int_to_ptr = create_ptr_to_int = _keeping_origins("create_bitcast")
+    create_broadcast = _keeping_origins("create_broadcast")
+    create_cat = _keeping_origins("create_cat")
+    create_expand_dims = _keeping_origins("create_expand_dims")
+    create_gather = _keeping_origins("create_gather")
+    create_join = _keeping_origins("create_join")
+    create_reshape = _keeping_origins("create_reshape")
+    create_split = _keeping_origins("create_split")
+    create_trans = _keeping_origins("create_trans")
+    create_unsplat = _keeping_origins("create_unsplat")
+
+    def create_splat(self, ret_ty: Any, arg: Handle) -> Handle:
+        result = super().create_splat(ret_ty, arg)
+        remember(result, origins((arg,)))
+        return result
+
+    def create_select(self, cond: Handle, lhs: Handle, rhs: Handle) -> Handle:
+        result = super().ternary_op(cond, lhs, rhs, np.where)  # bits are chosen, whatever they mean
+        remember(result, origins((lhs, rhs)))
+        return result
+
+    # memory
+
+    def _touch(self, kind: Access, pointers: Handle, mask: Any) -> None:
+        if self.memory is not None:
+            width = plain._get_np_dtype(pointers.get_element_ty()).itemsize
+            self.memory.touch(kind, pointers, mask if mask is None else np.asarray(mask.data), width, self.program)
+
+    def create_masked_load(self, ptrs: Handle, mask: Any, other: Handle | None, *cache: Any, **named: Any) -> Handle:
+        self._touch("load", ptrs, mask)
+        return self._load(ptrs, mask, other, *cache, **named)
+
+    def _load(self, ptrs: Handle, mask: Any, other: Handle | None, *cache: Any, **named: Any) -> Handle:
+        if other is None and self.poison and not np.asarray(mask.data).all():
+            element = ptrs.get_element_ty()
+            data = formats.poison(plain._get_np_dtype(element), ptrs.data.shape, element == tl.bfloat16)
+            other = plain.TensorHandle(data, element)
+        return super().create_masked_load(ptrs, mask, other, *cache, **named)
+
+    def create_masked_store(self, ptrs: Handle, value: Handle, mask: Any, *cache: Any) -> Any:
+        self._touch("store", ptrs, mask)
+        return super().create_masked_store(ptrs, value, mask, *cache)
+
+    def create_atomic_load(self, ptr: Handle, mask: Handle, sem: Any, scope: Any) -> Handle:
+        self._touch("atomic", ptr, mask)
+        return self._load(ptr, mask, None, None, True)
+
+    def create_atomic_store(self, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any) -> Any:
+        self._touch("atomic", ptr, mask)
+        return super().create_masked_store(ptr, val, mask, None)
+
+    def create_atomic_cas(self, ptr: Handle, cmp: Handle, val: Handle, sem: Any, scope: Any) -> Handle:
+        self._touch("atomic", ptr, None)
+        return super().create_atomic_cas(ptr, cmp, val, sem, scope)
+
+    def create_atomic_rmw(self, rmwOp: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any) -> Handle:  # noqa: N803
+        self._touch("atomic", ptr, mask)
+        if rmwOp == plain._ir.ATOMIC_OP.FADD and is_bfloat16(val):
+            return self._add_bfloat16(ptr, val, mask)
+        return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
+
+    def _add_bfloat16(self, ptr: Handle, val: Handle, mask: Handle) -> Handle:
+        """One lane after the other, since lanes may share an address; NumPy's atomics know no bfloat16."""
+        before = np.zeros(ptr.data.shape, np.uint16)
+        for lane in np.ndindex(ptr.data.shape):
+            if mask.data[lane]:
+                here, always = ptr.data[lane].reshape(1), np.ones(1, np.bool_)
+                before[lane] = plain._interpreter.load(here, always, np.zeros(1, np.uint16), np.dtype(np.uint16))[0]
+                after = formats.widen(before[lane].reshape(1)) + formats.widen(val.data[lane].reshape(1))
+                plain._interpreter.store(here, formats.narrow(after), always)
+        return plain.TensorHandle(before, tl.bfloat16)
+
+    def create_make_tensor_descriptor(self, base: Handle, shape: Any, strides: Any, *rest: Any) -> Any:
+        width = base.dtype.element_ty.primitive_bitwidth // 8
+        if base.data.item() % 16:
+            raise Misaligned("a tensor descriptor's base is no multiple of 16 bytes", tensor=", ".join(origins((base,))))
+        for axis, stride in enumerate(strides[:-1]):
+            if stride.data.item() * width % 16:
+                text = f"a tensor descriptor's stride {axis} is {stride.data.item() * width} bytes, no multiple of 16"
+                raise Misaligned(text, tensor=", ".join(origins((base,))))
+        descriptor = super().create_make_tensor_descriptor(base, shape, strides, *rest)
+        located = descriptor.materialize_pointers
+
+        def materialize_pointers(offsets: Any) -> Any:
+            if int(offsets[-1].data.item()) * width % 16:
+                raise Misaligned(f"a block starts at column {offsets[-1].data.item()}, no multiple of 16 bytes")
+            pointers, mask = located(offsets)
+            remember(pointers, origins((base,)))
+            return pointers, mask
+
+        descriptor.materialize_pointers = materialize_pointers
+        return descriptor
+
+    # promises
+
+    def create_assert(self, condition: Handle, message: str) -> None:
+        wrong = ~np.asarray(condition.data, np.bool_)
+        if wrong.any():
+            raise AssertionFailed(f"device_assert failed in {int(wrong.sum())} of {wrong.size} lanes: {message}")
+
+    def create_assume(self, condition: Handle) -> None:
+        if not np.asarray(condition.data, np.bool_).all():
+            raise FalsePromise("tl.assume of what does not hold")
+
+    # numbers
+
+    create_fma = _on_bfloat16("create_fma")
+    create_clampf = _on_bfloat16("create_clampf")
+    create_erf = _on_bfloat16("create_erf")
+    create_rsqrt = _on_bfloat16("create_rsqrt")
+    unary_op = _on_bfloat16("unary_op")
+
+    def binary_op(self, lhs: Handle, rhs: Handle, op: Any) -> Handle:
+        if op in BITWISE or not is_bfloat16(lhs):
+            return super().binary_op(lhs, rhs, op)
+        return narrowed(super().binary_op(widened(lhs), widened(rhs), op))
+
+    def cast_impl(self, src: Handle, dst_type: Any) -> Handle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target:
+            return super().cast_impl(src, dst_type)
+        if target == tl.bfloat16:
+            return narrowed(plain.TensorHandle(src.data.astype(np.float32), tl.float32))
+        return super().cast_impl(widened(src), dst_type) if target != tl.float32 or source != tl.bfloat16 else widened(src)
+
+    def create_fp_to_fp(self, src: Handle, dst_type: Any, rounding_mode: Any) -> Handle:
+        nearest = rounding_mode is None or rounding_mode == plain._ir.ROUNDING_MODE.RTNE
+        eight_bits = 8 in (src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth)
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar) and nearest and not eight_bits:
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def get_bf16(self, value: float) -> Handle:
+        return narrowed(self.get_fp32(value))
+
+    def create_dot(self, a: Handle, b: Handle, d: Handle, input_precision: Any, max_num_imprecise_acc: Any) -> Handle:
+        (m, k), n = a.data.shape[-2:], b.data.shape[-1]
+        least = _least_dot(a.dtype, b.dtype)
+        if m < least[0] or n < least[1] or k < least[2]:
+            raise SmallDot(f"tl.dot of {m} x {k} and {k} x {n} in {a.dtype}: the compiler wants at least M {least[0]}, N {least[1]}, K {least[2]}")
+        if self.tf32 and a.dtype.scalar == tl.float32 and input_precision == plain._ir.INPUT_PRECISION.TF32:
+            a, b = (plain.TensorHandle(formats.tf32(x.data), tl.float32) for x in (a, b))
+        result = super().create_dot(widened(a), widened(b), widened(d), input_precision, max_num_imprecise_acc)
+        return narrowed(result) if is_bfloat16(d) else result
+
+
+def check_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+    """In place of Triton's own check, which interprets nine operations for each sum."""
+    kind = lhs.type.scalar
+    if kind.int_bitwidth >= 64:
+        return
+    compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+    exact = compute(lhs.handle.data, rhs.handle.data, dtype=np.int64)
+    low, high = kind.get_int_min_value(), kind.get_int_max_value()
+    if exact.size and (exact.min() < low or exact.max() > high):
+        worst = exact.max() if exact.max() > high else exact.min()
+        raise IntegerOverflow(f"{kind} overflow: {operation.__name__} gives {worst}, outside {low}..{high}")

@@ -1,0 +1,44 @@
+"""Number formats that NumPy lacks: bfloat16, held as its bits in uint16, and tf32, a float32 with 10 bits of mantissa."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BFLOAT16_NAN = 0x7FC1
+
+
+def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """float32 values of bfloat16 bits: exact."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def narrow(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """bfloat16 bits of the nearest values, ties to even; NaN stays NaN."""
+    single = np.ascontiguousarray(values, dtype=np.float32).reshape(np.shape(values))
+    bits = single.view(np.uint32)
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + (even + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
+    # a NaN's payload may lie in the bits that rounding drops
+    return np.where(np.isnan(single), np.uint16(0x7FC0) | (bits >> np.uint32(16)).astype(np.uint16), rounded)
+
+
+def tf32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """What tensor cores see of float32 operands: they ignore the last 13 bits."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).reshape(np.shape(values)).view(np.uint32)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def poison(dtype: np.dtype[Any], shape: tuple[int, ...], bfloat16: bool) -> NDArray[Any]:
+    """What a masked-off lane holds: NaN, a huge integer, or True."""
+    if bfloat16:
+        value: Any = BFLOAT16_NAN
+    elif dtype.kind == "f":
+        value = np.nan
+    elif dtype.kind in "iu":
+        value = np.iinfo(dtype).max // 3
+    else:
+        value = True
+    return np.full(shape, value, dtype)

@@ -1,0 +1,101 @@
+"""A launch: grid limits, a model of memory, and all programs in the order asked for."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.runtime import interpreter as plain
+
+from triton_attn.testing.interpreter.builder import remember
+from triton_attn.testing.interpreter.faults import InvalidGrid, KernelFault
+from triton_attn.testing.interpreter.memory import Bounds, Memory, tensors_in
+
+HIGHEST = (2**31 - 1, 65535, 65535)
+_one_launch = threading.RLock()  # the interpreter's state is global
+
+
+class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
+    """Takes the place of Triton's own while strictness is on."""
+
+    bounds: Bounds = "view"
+    races = True
+    order: int | None = None
+    reachable: Sequence[Tensor] = ()
+
+    def __call__(self, *args_dev: Any, **kwargs: Any) -> None:
+        names = inspect.signature(self.fn).parameters
+        kwargs = {name: value for name, value in kwargs.items() if name in names}
+        with _one_launch:
+            args_hst, kwargs_hst = self._init_args_hst(args_dev, kwargs)
+            for hook in self.pre_run_hooks:
+                hook(*args_hst, **kwargs_hst)
+            given = inspect.getcallargs(self.fn, *args_hst, **kwargs_hst)
+            self.run_programs(given)
+            self._restore_args_dev(args_dev, args_hst, kwargs, kwargs_hst)
+
+    def run_programs(self, given: dict[str, Any]) -> None:
+        builder = plain.interpreter_builder
+        tensors: dict[str, Tensor] = {}
+        arguments = {}
+        for name, value in given.items():
+            if name in self.constexprs:
+                arguments[name] = value
+                continue
+            arguments[name] = plain._implicit_cvt(value)
+            tensors.update(tensors_in(name, value))
+            _name(name, arguments[name])
+        program = None
+        try:
+            grid = _checked(self.grid(arguments) if callable(self.grid) else self.grid)
+            builder.memory = Memory(tensors, self.reachable, self.bounds, self.races) if self.bounds or self.races else None
+            builder.set_grid_dim(*grid)
+            for number, program in _ordered(grid, self.order):
+                builder.program = number
+                builder.set_grid_idx(*program)
+                self.fn(**arguments)
+        except KernelFault as fault:
+            fault.kernel, fault.program = self.fn.__name__, program
+            raise
+        finally:
+            builder.memory = None
+
+
+def _name(name: str, argument: Any) -> None:
+    """Tell every pointer of an argument which tensor it points to."""
+    if isinstance(argument, tuple):
+        for i, inner in enumerate(argument):
+            _name(f"{name}[{i}]", inner)
+    elif isinstance(argument, triton.language.core.tensor) and argument.dtype.is_ptr():
+        remember(argument.handle, (name,))
+    elif isinstance(argument, triton.language.core.tensor_descriptor_base):
+        remember(argument.handle.base, (name,))
+
+
+def _checked(grid: Sequence[int]) -> tuple[int, int, int]:
+    """The grid with three axes, if CUDA and Triton's launcher take it."""
+    if not 1 <= len(grid) <= 3:
+        raise InvalidGrid(f"grid {tuple(grid)} has {len(grid)} axes; CUDA has 1 to 3")
+    x, y, z = (*grid, 1, 1)[:3]
+    for axis, size, most in zip("xyz", (x, y, z), HIGHEST, strict=True):
+        if not 0 <= size <= most:
+            raise InvalidGrid(f"grid {tuple(grid)}: axis {axis} is {size}; CUDA takes at most {most}")
+    if x * y * z >= 2**31:
+        raise InvalidGrid(f"grid {tuple(grid)}: {x * y * z} programs overflow the launcher's int32 product, and nothing would run")
+    return x, y, z
+
+
+def _ordered(grid: tuple[int, int, int], order: int | None) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """(number from 1, ids) of every program, shuffled by the seed `order`."""
+    programs = enumerate(itertools.product(*map(range, grid)), start=1)
+    if order is None:
+        return iter(programs)
+    shuffled = list(programs)
+    random.Random(order).shuffle(shuffled)
+    return iter(shuffled)

@@ -1,0 +1,74 @@
+"""Reductions and scans: bfloat16 in float32, and any combine function on whole slices instead of one element at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import interpreter as plain
+
+from triton_attn.testing.interpreter import formats
+from triton_attn.testing.interpreter.builder import widened
+
+Block = Any  # tl.tensor
+
+
+class _Strict:
+    """What reductions and scans share."""
+
+    def apply(self: Any, input: Any) -> Any:
+        if not isinstance(input, tuple):
+            return self.apply((input,))[0]
+        wide = tuple(_wide(block) if block.dtype == tl.bfloat16 else block for block in input)
+        results = super().apply(wide)  # type: ignore[misc]
+        # an index beside a value, or a value by itself: only what was bfloat16 becomes it again
+        return tuple(
+            self.to_tensor(formats.narrow(result.handle.data), tl.bfloat16)
+            if i < len(input) and input[i].dtype == tl.bfloat16 and result.dtype == tl.float32
+            else result
+            for i, result in enumerate(results)
+        )
+
+    def combined(self: Any, left: Sequence[NDArray[Any]], right: Sequence[NDArray[Any]], like: Sequence[Block]) -> list[NDArray[Any]]:
+        """The combine function on two tuples of slices."""
+        blocks = [self.to_tensor(x, block.dtype) for x, block in [*zip(left, like, strict=True), *zip(right, like, strict=True)]]
+        results = self.combine_fn.fn(*blocks)
+        results = results if isinstance(results, tuple) else (results,)
+        return [np.broadcast_to(_data(result), x.shape).astype(x.dtype) for result, x in zip(results, right, strict=True)]
+
+
+class StrictReduceOps(_Strict, plain.ReduceOps):  # type: ignore[misc]
+    def generic_reduce(self, input: Sequence[Block]) -> list[Block]:
+        blocks, axis = self.unravel(input, self.axis)
+        slices = [np.moveaxis(block.handle.data, axis, 0) for block in blocks]
+        total = [x[0] for x in slices]
+        for i in range(1, len(slices[0])):
+            total = self.combined(total, [x[i] for x in slices], blocks)
+        if self.keep_dims:
+            rank = len(input[0].handle.data.shape)
+            total = [np.expand_dims(x, axis) if self.axis is not None else x.reshape((1,) * rank) for x in total]
+        return [self.to_tensor(x if x.ndim else x.item(), block.dtype) for x, block in zip(total, blocks, strict=True)]
+
+
+class StrictScanOps(_Strict, plain.ScanOps):  # type: ignore[misc]
+    def generic_scan(self, input: Sequence[Block]) -> list[Block]:
+        slices = [np.moveaxis(block.handle.data, self.axis, 0) for block in input]
+        running = [x[0] for x in slices]
+        steps = [running]
+        for i in range(1, len(slices[0])):
+            running = self.combined(running, [x[i] for x in slices], input)
+            steps.append(running)
+        stacked = [np.stack([step[j] for step in steps], self.axis) for j in range(len(input))]
+        return [self.to_tensor(x, block.dtype) for x, block in zip(stacked, input, strict=True)]
+
+
+def _wide(block: Block) -> Block:
+    kind = tl.block_type(tl.float32, list(block.shape)) if block.shape else tl.float32
+    return tl.core.tensor(widened(block.handle), kind)
+
+
+def _data(value: Any) -> NDArray[Any]:
+    return np.asarray(value.handle.data if isinstance(value, tl.core.tensor) else value)

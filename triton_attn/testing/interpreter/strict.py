@@ -1,0 +1,69 @@
+"""The public switch. Triton is imported when it is used, not before: it decides at import whether it interprets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from triton_attn import device
+from triton_attn.testing.interpreter.faults import StrictnessError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from triton_attn.testing.interpreter.memory import Bounds
+
+KNOWN = ("3.6", "3.9")
+
+
+@contextmanager
+def strict_interpreter(
+    *,
+    bounds: Bounds = "view",
+    races: bool = True,
+    overflow: bool = True,
+    poison: bool = True,
+    tf32: bool = True,
+    order: int | None = None,
+    reachable: Sequence[Tensor] = (),
+) -> Iterator[None]:
+    """Make kernels interpreted under `TRITON_INTERPRET=1` strict, for the length of a `with` block.
+
+    A fault raises a subclass of `KernelFault` that names kernel, source line, program, tensor argument and index. Always on: right
+    bfloat16 (round to nearest even, products in float32), live `tl.device_assert`, `tl.assume` and `tl.multiple_of`, alignment,
+    CUDA's grid limits, the compiler's least `tl.dot`, two lanes of one store at one address (with `races`), and scans and reductions
+    on whole slices. An autotuned kernel runs with its first configuration, as there is nothing to time.
+
+    Args:
+        bounds: "view": a pointer may touch only the elements of the tensor argument it came from, holes between rows excluded;
+            "storage": anything in that tensor's storage, for kernels that step out of a view on purpose; False: no check.
+        races: two programs of one launch touch one element and one of them writes it, not both atomically. Complete for the
+            executed input, whatever the order. Kernels that synchronise through memory need False.
+        overflow: integer sums, differences and products narrower than 64 bits must fit.
+        poison: masked-off lanes of a load without `other` hold NaN, or a huge integer, instead of 0.
+        tf32: operands of a tf32 dot lose their last 13 bits, as on tensor cores.
+        order: run programs in an order shuffled by this seed; a kernel without atomics gives the same bits.
+        reachable: tensors that a kernel reaches through addresses read from memory, which no argument shows.
+
+    Raises:
+        StrictnessError: Triton is not interpreting, or its version is none that this knows.
+
+    Not seen: hazards inside one program (missing barriers), layouts, compiler bugs, memory reached by inline assembly.
+    """
+    require_interpreter()
+    from triton_attn.testing.interpreter import language
+
+    settings = language.Settings(bounds, races, overflow, poison, tf32, order, tuple(reachable))
+    with language.strict(settings):
+        yield
+
+
+def require_interpreter() -> None:
+    """StrictnessError unless kernels are interpreted here, by a Triton whose interpreter is known."""
+    if not device.interpreting():
+        raise StrictnessError("Triton is not interpreting; set TRITON_INTERPRET=1 before triton is imported, on a machine with or without a GPU")
+    found = version("triton")
+    if not found.startswith(tuple(f"{known}." for known in KNOWN)):
+        raise StrictnessError(f"triton {found}: the strict interpreter knows {' and '.join(KNOWN)}")
