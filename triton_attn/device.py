@@ -70,6 +70,10 @@ def triton_version() -> str:
         return str(triton.__version__)
 
 
+# Triton's own does not; `triton_attn.testing.strict_interpreter` sets this while it is on
+interpreter_computes_bfloat16 = False
+
+
 def interpreting() -> bool:
     """Whether triton kernels run in its interpreter: triton decides when a kernel is defined."""
     return environment("TRITON_INTERPRET") == "1" and bool(triton_version())

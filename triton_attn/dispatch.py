@@ -109,7 +109,7 @@ def refusals(row: Mechanism, tensors: Tensors) -> list[str]:
             reasons.append(why)
     elif first.device.type != "cpu" or not _interpreting():
         reasons.append(f"{name} is on {first.device.type}; kernels run on CUDA, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1)")
-    elif first.dtype == torch.bfloat16:
+    elif first.dtype == torch.bfloat16 and not device.interpreter_computes_bfloat16:
         reasons.append(f"{name} has dtype torch.bfloat16, which Triton's interpreter computes wrongly")
     if first.dtype == torch.float64:
         reasons.append(f"{name} has dtype torch.float64; kernels serve float16, bfloat16 and float32")

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton_attn.mechanism import Case, Input, Mechanism, Sizes
 
 CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET = "contiguous", "permuted", "sliced", "strided", "expanded", "offset"
+LAYOUTS = (CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET)
 
 
 def shape(axes: str, sizes: Sizes) -> tuple[int, ...]:

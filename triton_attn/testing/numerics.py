@@ -10,10 +10,13 @@ Truth is the reference in float64, the yardstick the reference in the working dt
 - Tier 2, statistical: the RMS error is at most twice the yardstick's (three times for gradients) and a twentieth of u S, which counts
   where the yardstick happens to be exact. On tensors of 1024 elements and more, drawn from a normal distribution of spread one at
   most; it catches lost precision.
+
+Where nobody wrote a `bound`, `testing.sensitivity` measures S, and K is 8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +56,11 @@ def compare(
     gradient: bool = False,
     yardstick: Tensor | None = None,
     tf32: bool = False,
+    measured: bool = False,
 ) -> Comparison:
     """Judge one tensor computed from inputs of `dtype`.
 
-    `size` is S of the bound, `yardstick` the naive result in that dtype.
+    `size` is S of the bound, `measured` if nobody derived it; `yardstick` is the naive result in that dtype.
     """
     if found.shape != truth.shape:
         return Comparison(name, float("inf"), 0.0, f"{name} has shape {tuple(found.shape)}, not {tuple(truth.shape)}")
@@ -71,7 +75,7 @@ def compare(
     if error.numel() == 0:
         return Comparison(name, 0.0, 0.0)
     unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
-    wide = (gradient and dtype in (torch.float32, torch.float64)) or (borrowed and dtype == torch.float32)
+    wide = measured or (gradient and dtype in (torch.float32, torch.float64)) or (borrowed and dtype == torch.float32)
     factor = FACTOR_WIDE if wide else FACTOR
     if dtype == torch.float64:
         factor *= 2  # the truth errs as much
@@ -91,7 +95,14 @@ def compare(
     return Comparison(name, ratio, rms, fault)
 
 
-def assert_right(comparisons: list[Comparison], context: Any = "") -> None:
+def assert_matches(name: str, found: Tensor, truth: Tensor, size: Tensor, *, context: Any = "", **how: Any) -> Comparison:
+    """`compare`, which takes the same arguments, and AssertionError unless right."""
+    result = compare(name, found, truth, size, **how)
+    assert_right([result], context)
+    return result
+
+
+def assert_right(comparisons: Sequence[Comparison], context: Any = "") -> None:
     """Raise AssertionError with every fault and every measured ratio."""
     if any(c.fault for c in comparisons):
         table = "\n".join(f"  {c.name:<12} bound {c.ratio:8.3f}   rms {c.rms:8.3f}   {c.fault}" for c in comparisons)

@@ -1,4 +1,7 @@
-"""Hypothesis strategies: calls of a catalogue row, small and biased to the edges of tiles."""
+"""Hypothesis strategies: sizes biased to the edges of tiles, layouts, spreads, and calls of a catalogue row.
+
+What they draw shrinks to small, readable cases: values come from a `torch.Generator` that a drawn seed feeds.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ from triton_attn.mechanism import Case, Mechanism
 from triton_attn.testing import inputs
 from triton_attn.tiles import Tile
 
-LENGTHS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 47, 48)
 WIDTHS = (1, 8, 15, 16, 17, 24, 32, 40)
 
-lengths = st.sampled_from(LENGTHS) | st.integers(1, 48)
+
+def edges(smallest: int = 1, largest: int = 48, tile: int = 16) -> st.SearchStrategy[int]:
+    """Sizes of which many lie at the ends, on a multiple of `tile`, or one beside it."""
+    near = {smallest, smallest + 1, largest, *(size + step for size in range(tile, largest + 1, tile) for step in (-1, 0, 1))}
+    return st.sampled_from(sorted(size for size in near if smallest <= size <= largest)) | st.integers(smallest, largest)
+
+
+lengths = edges(0)
 widths = st.sampled_from(WIDTHS)
-layouts = st.sampled_from((inputs.CONTIGUOUS, inputs.PERMUTED, inputs.SLICED, inputs.STRIDED, inputs.EXPANDED, inputs.OFFSET))
+layouts = st.sampled_from(inputs.LAYOUTS)
 spreads = st.sampled_from((0.1, 1.0, 8.0))
 seeds = st.integers(0, 2**16)
 tiles = st.builds(Tile, st.sampled_from((16, 32)), st.sampled_from((16, 32)), st.just(4), st.just(1))
