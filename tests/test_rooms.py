@@ -24,7 +24,7 @@ PACKAGE = ROOT / "triton_attn"
 MOST_LINES, MOST_LINES_OF_CASES = 350, 450  # tests are tables of cases
 
 BELOW = "mechanism device arguments tiles dispatch operators"
-WORKERS = "verify tune bench capacity offline"
+WORKERS = "verify tune bench capacity offline teeth"
 
 # room: what it may import of ours, and of others beside the standard library; the first row that fits counts
 MAY_IMPORT: dict[str, tuple[str, str]] = {
@@ -34,10 +34,12 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "tiles": ("device", ""),
     "dispatch": ("mechanism device arguments tiles", "torch"),
     "operators": ("mechanism device arguments tiles dispatch", "torch"),
+    "refusals": ("arguments dispatch", ""),
     "reference.*": ("reference._*", "torch einops"),
     "portable.*": ("portable._* reference._*", "torch einops"),
     "kernels.*": ("kernels._* tiles device reference._dropout", "torch triton"),
     "functional.__init__": ("functional.*", ""),
+    "functional.scaled_dot_product_attention": (f"{BELOW} functional.attention", "torch"),
     "functional.*": (f"{BELOW} functional._* reference.* portable.* kernels.*", "torch"),
     "catalog": ("mechanism operators functional.*", ""),
     "testing.*": ("mechanism device tiles testing.*", "torch triton numpy hypothesis pytest"),
@@ -46,10 +48,14 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "cli": (f"{BELOW} catalog testing.* {WORKERS} report.* __init__", "torch typer rich platformdirs"),
     "__main__": ("cli", ""),
     "__init__": ("arguments catalog dispatch tiles functional.*", ""),
-    "nn.*": ("__init__ nn.*", "torch"),
+    "nn.*": ("__init__ refusals nn.*", "torch"),
     "models.*": ("__init__ nn.* models.*", "torch"),
     "integrations.*": ("__init__ nn.*", "torch transformers open_clip timm"),
 }
+
+
+# imported inside strict_interpreter() alone, when triton is there
+INTERPRETER = tuple(f"triton_attn.testing.interpreter.{name}" for name in ("builder", "language", "programs", "reductions"))
 
 
 def fits(name: str, patterns: str) -> bool:
@@ -108,12 +114,13 @@ def imports_go_one_way(path: str, tree: ast.AST) -> Iterator[str]:
 
 
 def triton_waits_for_a_kernel(path: str, tree: ast.AST) -> Iterator[str]:
-    if path.startswith("kernels/"):
+    if path.startswith("kernels/") or path.removesuffix(".py").replace("/", ".") in INTERPRETER:
         return
+    late = ("triton.", "triton_attn.kernels.", *(f"{name}." for name in INTERPRETER))
     for node in at_import(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             wrapped = ast.Module([node], [])
-            yield from (f"imports {name}" for name in imported(wrapped) if f"{name}.".startswith(("triton.", "triton_attn.kernels.")))
+            yield from (f"imports {name}" for name in imported(wrapped) if f"{name}.".startswith(late))
 
 
 def nothing_is_imported_by_a_string(path: str, tree: ast.AST) -> Iterator[str]:
@@ -165,6 +172,8 @@ def launches_stand_under_the_guard(path: str, tree: ast.AST) -> Iterator[str]:
 
 
 def nothing_is_timed_when_a_call_is_made(path: str, tree: ast.AST) -> Iterator[str]:
+    if path == "triton_attn/testing/interpreter/language.py":
+        return  # puts tuning out of action
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).split(".")[-1] in ("autotune", "Autotuner", "do_bench"):
             yield ast.unparse(node)
@@ -228,6 +237,9 @@ RULES: list[tuple[Rule, tuple[str, ...], list[tuple[str, str]]]] = [
             ("triton_attn/offline.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass"),
             ("triton_attn/offline.py", "class A:\n    from triton import knobs"),
             ("triton_attn/functional/attention.py", "from triton_attn.kernels import attention"),
+            ("triton_attn/testing/interpreter/memory.py", "import triton"),
+            ("triton_attn/testing/interpreter/strict.py", "from triton_attn.testing.interpreter import language"),
+            ("triton_attn/testing/interpreter/faults.py", "from triton_attn.testing.interpreter.builder import StrictBuilder"),
         ],
     ),
     (

@@ -1,4 +1,4 @@
-"""The command line: triton-attn {list,explain,verify,compile,bench,report}.
+"""The command line: triton-attn {list,explain,verify,teeth,compile,bench,report}.
 
 Exit codes: 0 right, 1 something is wrong, 2 a bad argument. With --json, standard output holds one JSON object per line and nothing else.
 """
@@ -142,6 +142,36 @@ def verify(names: Names = None, device_name: Device = None, seconds: Seconds = m
         terminal.show(tables.checks(found))
         worst = f", the worst at {tables.percent(max(row.share for row in found))} of its bound" if found else ""
         terminal.conclude(len(found), f"checks{worst}", faults)
+    return _exit_code(log, faults)
+
+
+@app.command()
+def teeth(
+    names: Names = None,
+    some: Annotated[int | None, typer.Option(min=1, help="Plant only so many faults in each kernel.")] = None,
+    seed: Annotated[int, typer.Option(help="Which ones, with --some.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Plant faults in kernels, one after the other, and count which of them the row's cases catch. Runs in the interpreter."""
+    mechanisms = _known(names)
+    if not device.triton_version():
+        raise BadArgument("triton is not installed: there is nothing to plant a fault in")
+    if not device.interpreting():
+        from triton_attn.report import gather
+
+        device.interpret()
+        chosen = ["--seed", str(seed), *(["--some", str(some)] if some else [])]
+        return gather.again("teeth", *(row.name for row in mechanisms), *chosen, seconds=math.inf, as_json=as_json)
+    from triton_attn import teeth as planting
+    from triton_attn.report import parts, rows, tables, terminal
+
+    log = parts.Log()
+    with terminal.progress(None, json=as_json) as (log.tick, step):
+        found = rows.collect(planting.teeth(mechanisms, some=some, seed=seed, tick=log.tick), as_json, lambda done: step(len(done)))
+    faults = [f"{row.mechanism}/{row.kernel} {row.function}:{row.line} {row.fault}" for row in found if row.fault]
+    if not as_json:
+        terminal.show(tables.teeth(found))
+        terminal.conclude(len(found), "faults planted", faults)
     return _exit_code(log, faults)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,47 +121,77 @@ def judge(
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where, seed=seed, spread=spread, layout=layout)
     options.setdefault("scale", None)
     # beside large scores the yardstick is no measure: a log-sum-exp held in float32 errs by its own magnitude
-    return compare(row, tensors, options, run, case.sizes, dtype=dtype, seed=seed, tf32=tf32, statistical=spread <= 1.0, borrowed=borrowed)
+    expected = expect(row, tensors, options, case.sizes, dtype=dtype, seed=seed, statistical=spread <= 1.0, layout=layout)
+    return expected.judge(run, tf32=tf32, borrowed=borrowed)
 
 
-def compare(
+@dataclass(frozen=True)
+class Expected:
+    """A call and everything its results are judged by."""
+
+    row: Mechanism
+    tensors: Mapping[str, Any]
+    options: Mapping[str, Any]
+    grads: Sequence[Tensor]
+    dtype: torch.dtype
+    truth: Mapping[str, Tensor]  # by output, and "grad <input>"
+    naive: Mapping[str, Tensor]  # likewise, or empty
+    size: Mapping[str, Tensor]
+
+    def judge(self, run: Run, *, tf32: bool = False, borrowed: bool = False) -> list[numerics.Comparison]:
+        """Run the call and compare outputs and gradients."""
+        found = _by_name(self.row, *run(self.tensors, self.options, self.grads))
+        return [
+            numerics.compare(
+                name,
+                found[name],
+                true,
+                self.size[name.removeprefix("grad ")],
+                dtype=self.dtype,
+                borrowed=borrowed,
+                gradient=name.startswith("grad "),
+                yardstick=self.naive.get(name),
+                tf32=tf32,
+            )
+            for name, true in self.truth.items()
+        ]
+
+
+def expect(
     row: Mechanism,
     tensors: Mapping[str, Any],
     options: Mapping[str, Any],
-    run: Run,
     sizes: Mapping[str, int],
     *,
     dtype: torch.dtype,
     seed: int = 0,
-    tf32: bool = False,
     statistical: bool = True,
-    borrowed: bool = False,
-) -> list[numerics.Comparison]:
-    """`judge` for given tensors; `statistical` asks for tier 2."""
+    layout: str = inputs.CONTIGUOUS,
+) -> Expected:
+    """Truth, yardstick and bound of a call; `statistical` asks for tier 2. Its output gradients have the layout too."""
     wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
     generator = torch.Generator().manual_seed(seed + 1)
     first = next(iter(tensors.values()))
     grads = []
     for given in row.outputs.values():
         kind = torch.float32 if given.dtype == "float32" else dtype
-        grads.append(torch.randn(inputs.shape(given.axes, sizes), generator=generator).to(first.device, kind))
+        drawn = torch.randn(inputs.shape(given.axes, sizes), generator=generator).to(kind)
+        grads.append(inputs.laid_out(drawn, layout).to(first.device))
     reference = differentiable_run(row, row.reference)
-    truth, true_gradients = reference(wide, options, [grad.double() for grad in grads])
-    naive, naive_gradients = reference(tensors, options, grads) if statistical else ([None] * len(truth), [None] * len(true_gradients))
-    found, gradients = run(tensors, options, grads)
+    truth = _by_name(row, *reference(wide, options, [grad.double() for grad in grads]))
+    naive = _by_name(row, *reference(tensors, options, grads)) if statistical else {}
     size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
-    judged = partial(numerics.compare, dtype=dtype, borrowed=borrowed, tf32=tf32)
-    results = []
-    for name, x, true, yardstick in zip(row.outputs, found, truth, naive, strict=True):
-        results.append(judged(name, x, true, size[name], yardstick=yardstick))
-    for name, x, true, yardstick in zip(row.differentiable, gradients, true_gradients, naive_gradients, strict=True):
-        results.append(replace(judged(name, x, true, size[name], gradient=True, yardstick=yardstick), name=f"grad {name}"))
-    return results
+    return Expected(row, tensors, options, grads, dtype, truth, naive, size)
+
+
+def _by_name(row: Mechanism, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    named = dict(zip(row.outputs, outputs, strict=True))
+    return {**named, **{f"grad {name}": x for name, x in zip(row.differentiable, gradients, strict=True)}}
 
 
 def _dtypes(where: torch.device) -> tuple[torch.dtype, ...]:
-    # Triton's interpreter computes bfloat16 wrongly
+    # Triton's plain interpreter computes bfloat16 wrongly
     return (torch.float32, torch.float16) if where.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
 
 
-__all__ = ["Kernel", "Verdict", "compare", "differentiable_run", "implementations", "judge", "kernel_run", "verify"]
+__all__ = ["Kernel", "Verdict", "differentiable_run", "expect", "implementations", "judge", "kernel_run", "verify"]

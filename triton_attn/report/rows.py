@@ -11,11 +11,12 @@ from typing import Any, TypeAlias, TypeVar
 from triton_attn.bench import Timing
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.teeth import Tooth
 from triton_attn.tiles import Usage
 from triton_attn.verify import Verdict
 
-Row: TypeAlias = Verdict | Compiled | Timing | Call
-AnyRow = TypeVar("AnyRow", Verdict, Compiled, Timing, Call)
+Row: TypeAlias = Verdict | Compiled | Timing | Call | Tooth
+AnyRow = TypeVar("AnyRow", Verdict, Compiled, Timing, Call, Tooth)
 _MAY_BE_ABSENT = ("usage", "limit")
 
 

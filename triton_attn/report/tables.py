@@ -13,6 +13,7 @@ from triton_attn.bench import BOTH, FORWARD, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.teeth import Tooth
 from triton_attn.verify import Verdict
 
 NOT_RUN = "not run"
@@ -63,6 +64,19 @@ def checks(rows: Sequence[Verdict]) -> Table:
     ]
     titles = ("mechanism", "implementation", "case", "dtype", "where", "worst share>", "in", "time>")
     return Table(titles, cells, _faulty(rows))
+
+
+def teeth(rows: Sequence[Tooth]) -> Table:
+    """Seeded faults by kernel and kind: planted, caught, changing nothing, survived."""
+    groups: dict[tuple[str, str, str], list[Tooth]] = {}
+    for row in rows:
+        groups.setdefault((row.mechanism, row.kernel, row.kind), []).append(row)
+    cells = []
+    for names, group in sorted(groups.items()):
+        counts = (len(group), sum(bool(row.caught) for row in group), sum(bool(row.equivalent) for row in group))
+        cells.append((*names, *map(str, counts), str(sum(bool(row.fault) for row in group))))
+    titles = ("mechanism", "kernel", "fault", "planted>", "caught>", "change nothing>", "survived>")
+    return Table(titles, cells, frozenset(i for i, cell in enumerate(cells) if cell[-1] != "0"))
 
 
 def checks_by_implementation(rows: Sequence[Verdict], catalog: Mapping[str, Mechanism]) -> Table:

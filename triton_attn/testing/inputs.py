@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from triton_attn.mechanism import Case, Input, Mechanism, Sizes
 
 CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET = "contiguous", "permuted", "sliced", "strided", "expanded", "offset"
+FAR = "far"  # beyond 2^31 elements along one axis
 LAYOUTS = (CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET)
 
 
@@ -42,7 +44,8 @@ def draw(
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
         else:
-            tensors[name] = MASKS[how](size, generator).to(device)
+            mask = MASKS[how](size, generator)
+            tensors[name] = (laid_out(mask, FAR) if layout == FAR else mask).to(device)
     return tensors, options
 
 
@@ -77,6 +80,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
         return tensor.transpose(1, -2).contiguous().transpose(1, -2)
     if layout == EXPANDED:  # one item serves the batch
         return tensor[:1].expand(tensor.shape)
+    if layout == FAR:
+        return _far(tensor)
     if layout == OFFSET:  # not aligned to 16 bytes
         flat = torch.full((tensor.numel() + 1,), math.nan, dtype=tensor.dtype)
         flat[1:] = tensor.flatten()
@@ -85,6 +90,22 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     storage = torch.full(widened, math.nan, dtype=tensor.dtype)
     view = storage[..., 1 : 1 + tensor.shape[-1]] if layout == SLICED else storage[..., ::2]
     return view.copy_(tensor)
+
+
+def _far(tensor: Tensor) -> Tensor:
+    """Along the first axis that is long enough, the last index times its stride does not fit into int32, though the stride does.
+
+    The memory between is never touched, so it is only mapped.
+    """
+    axis = next((axis for axis, size in enumerate(tensor.shape[:-1]) if size > 2), None)
+    if axis is None:
+        return tensor
+    step = -(-(2**31) // (tensor.shape[axis] - 1))
+    strides = [*tensor.movedim(axis, 0)[0].contiguous().stride()]
+    strides.insert(axis, step)
+    reach = 1 + sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True))
+    storage = torch.from_numpy(np.zeros(reach * tensor.element_size(), np.uint8)).view(tensor.dtype)
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _boolean(size: tuple[int, ...], generator: torch.Generator) -> Tensor:

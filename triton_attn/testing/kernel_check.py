@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -109,7 +109,9 @@ def check_kernel(
     if check.device.type == "cpu":
         require_interpreter()
     axes = {axis for given_axes in check.axes.values() for axis in given_axes}
-    drawn_sizes = st.fixed_dictionaries({axis: _choice((sizes or {}).get(axis, strategies.edges())) for axis in sorted(axes | set(sizes or {}))})
+    drawn_sizes = st.fixed_dictionaries(
+        {axis: _choice((sizes or {}).get(axis, strategies.edges())) for axis in sorted(axes | set(sizes or {}))}
+    )
     calls = st.builds(
         Call,
         sizes=drawn_sizes.filter(where),
@@ -120,7 +122,10 @@ def check_kernel(
         seed=st.integers(0, 2**16),
     )
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    # the explain phase traces every line: minutes for an interpreted kernel
+    phases = (Phase.explicit, Phase.generate, Phase.shrink)
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=phases, suppress_health_check=list(HealthCheck))
     @given(call=calls)
     def property_of_kernel(call: Call) -> None:
         check.run(call)
@@ -192,7 +197,9 @@ class _Check:
                         raise AssertionError(f"{call}\nresult {i} has other bits when the programs run in another order")
         self._judge(call, tensors, grads, found, wanted)
 
-    def _judge(self, call: Call, tensors: Mapping[str, Tensor], grads: Sequence[Tensor], found: Sequence[Tensor], wanted: list[str]) -> None:
+    def _judge(
+        self, call: Call, tensors: Mapping[str, Tensor], grads: Sequence[Tensor], found: Sequence[Tensor], wanted: list[str]
+    ) -> None:
         wide = {name: x.detach().double() if name in self.axes else x for name, x in tensors.items()}
         wide_grads = [grad.double() for grad in grads]
 

@@ -19,7 +19,9 @@ STEP = 2.0**-20  # far above float64's roundoff, far below anything that bends
 RUNS = 4
 
 
-def sensitivity(call: Callable[..., Sequence[Tensor]], tensors: Mapping[str, Any], truth: Sequence[Tensor], *, seed: int = 0) -> list[Tensor]:
+def sensitivity(
+    call: Callable[..., Sequence[Tensor]], tensors: Mapping[str, Any], truth: Sequence[Tensor], *, seed: int = 0
+) -> list[Tensor]:
     """S of each result of `call(**tensors)`, which gave `truth` in float64.
 
     |truth| + the largest of some random moves; and since an element may stand still by chance, at least their root mean square
@@ -44,11 +46,11 @@ def _decompositions() -> Mapping[Any, Callable[..., Any]]:
     return torch._decomp.core_aten_decompositions()
 
 
-class _Moving(TorchDispatchMode):
+class _Moving(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Moves every float64 result. Fused operations are taken apart first, so that what they hide moves too."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.generator = torch.Generator().manual_seed(seed)
         self.parts = _decompositions()
 

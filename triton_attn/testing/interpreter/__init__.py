@@ -18,7 +18,7 @@ from triton_attn.testing.interpreter.faults import (
     SmallDot,
     StrictnessError,
 )
-from triton_attn.testing.interpreter.strict import require_interpreter, strict_interpreter
+from triton_attn.testing.interpreter.strict import Record, require_interpreter, strict_interpreter
 
 __all__ = [
     "AssertionFailed",
@@ -30,6 +30,7 @@ __all__ = [
     "Misaligned",
     "OutOfBounds",
     "Race",
+    "Record",
     "SmallDot",
     "StrictnessError",
     "require_interpreter",

@@ -15,13 +15,12 @@ from triton_attn.testing.interpreter import formats
 from triton_attn.testing.interpreter.faults import AssertionFailed, FalsePromise, IntegerOverflow, Misaligned, SmallDot
 from triton_attn.testing.interpreter.memory import Access, Memory
 
-BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
 Handle = Any  # plain.TensorHandle; Triton has no types
 _least_dot = nvidia.min_dot_size(GPUTarget("cuda", 80, 32))
 
 
 def is_bfloat16(handle: Handle) -> bool:
-    return handle.dtype.scalar == tl.bfloat16
+    return bool(handle.dtype.scalar == tl.bfloat16)
 
 
 def widened(handle: Handle) -> Handle:
@@ -32,7 +31,7 @@ def widened(handle: Handle) -> Handle:
 def narrowed(handle: Handle) -> Handle:
     """A float32 result as bfloat16; a truth value stays one."""
     if handle.data.dtype == np.bool_:
-        return plain.TensorHandle(handle.data, tl.bfloat16)
+        return plain.TensorHandle(handle.data, tl.int1)
     return plain.TensorHandle(formats.narrow(handle.data), tl.bfloat16)
 
 
@@ -137,7 +136,7 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
         self._touch("atomic", ptr, None)
         return super().create_atomic_cas(ptr, cmp, val, sem, scope)
 
-    def create_atomic_rmw(self, rmwOp: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any) -> Handle:  # noqa: N803
+    def create_atomic_rmw(self, rmwOp: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any) -> Handle:
         self._touch("atomic", ptr, mask)
         if rmwOp == plain._ir.ATOMIC_OP.FADD and is_bfloat16(val):
             return self._add_bfloat16(ptr, val, mask)
@@ -167,7 +166,8 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
 
         def materialize_pointers(offsets: Any) -> Any:
             if int(offsets[-1].data.item()) * width % 16:
-                raise Misaligned(f"a block starts at column {offsets[-1].data.item()}, no multiple of 16 bytes")
+                text = f"a block starts at column {offsets[-1].data.item()}, no multiple of 16 bytes"
+                raise Misaligned(text, tensor=", ".join(origins((base,))))
             pointers, mask = located(offsets)
             remember(pointers, origins((base,)))
             return pointers, mask
@@ -195,7 +195,7 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     unary_op = _on_bfloat16("unary_op")
 
     def binary_op(self, lhs: Handle, rhs: Handle, op: Any) -> Handle:
-        if op in BITWISE or not is_bfloat16(lhs):
+        if not is_bfloat16(lhs):
             return super().binary_op(lhs, rhs, op)
         return narrowed(super().binary_op(widened(lhs), widened(rhs), op))
 
@@ -209,9 +209,12 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
 
     def create_fp_to_fp(self, src: Handle, dst_type: Any, rounding_mode: Any) -> Handle:
         nearest = rounding_mode is None or rounding_mode == plain._ir.ROUNDING_MODE.RTNE
-        eight_bits = 8 in (src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth)
-        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar) and nearest and not eight_bits:
+        source, target = src.dtype.scalar, dst_type.scalar
+        eight_bits = 8 in (source.primitive_bitwidth, target.primitive_bitwidth)
+        if tl.bfloat16 in (source, target) and nearest and not eight_bits:
             return self.cast_impl(src, dst_type)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return plain.TensorHandle(formats.narrow(src.data, nearest=False), tl.bfloat16)
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def get_bf16(self, value: float) -> Handle:
@@ -221,7 +224,8 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
         (m, k), n = a.data.shape[-2:], b.data.shape[-1]
         least = _least_dot(a.dtype, b.dtype)
         if m < least[0] or n < least[1] or k < least[2]:
-            raise SmallDot(f"tl.dot of {m} x {k} and {k} x {n} in {a.dtype}: the compiler wants at least M {least[0]}, N {least[1]}, K {least[2]}")
+            wanted = "M {}, N {}, K {}".format(*least)
+            raise SmallDot(f"tl.dot of {m} x {k} and {k} x {n} in {a.dtype}: the compiler wants at least {wanted}")
         if self.tf32 and a.dtype.scalar == tl.float32 and input_precision == plain._ir.INPUT_PRECISION.TF32:
             a, b = (plain.TensorHandle(formats.tf32(x.data), tl.float32) for x in (a, b))
         result = super().create_dot(widened(a), widened(b), widened(d), input_precision, max_num_imprecise_acc)

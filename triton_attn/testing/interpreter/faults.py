@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from pathlib import Path
 from types import FrameType
 
-_OWN = str(Path(__file__).parent)
+_OWN = f"{Path(__file__).parent}{os.sep}"
 
 
 class KernelFault(AssertionError):
@@ -84,8 +85,9 @@ class StrictnessError(RuntimeError):
 def _where() -> tuple[str, str]:
     """("file:line in function, from ...", source) of the kernel's own frames: neither Triton's nor this folder's."""
     triton = getattr(sys.modules.get("triton"), "__file__", None)
-    foreign = str(Path(triton).parent) if triton else _OWN
-    places, source = [], ""
+    foreign = f"{Path(triton).parent}{os.sep}" if triton else _OWN  # not triton_attn, which may lie beside it
+    places: list[str] = []
+    source = ""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename

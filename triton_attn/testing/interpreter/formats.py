@@ -15,12 +15,13 @@ def widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def narrow(values: NDArray[Any]) -> NDArray[np.uint16]:
-    """bfloat16 bits of the nearest values, ties to even; NaN stays NaN."""
+def narrow(values: NDArray[Any], *, nearest: bool = True) -> NDArray[np.uint16]:
+    """bfloat16 bits of the nearest values, ties to even, or of the nearest towards zero; NaN stays NaN."""
     single = np.ascontiguousarray(values, dtype=np.float32).reshape(np.shape(values))
     bits = single.view(np.uint32)
     even = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = ((bits + (even + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
+    added = even + np.uint32(0x7FFF) if nearest else np.uint32(0)
+    rounded = ((bits + added) >> np.uint32(16)).astype(np.uint16)
     # a NaN's payload may lie in the bits that rounding drops
     return np.where(np.isnan(single), np.uint16(0x7FC0) | (bits >> np.uint32(16)).astype(np.uint16), rounded)
 

@@ -15,11 +15,13 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as plain
 from triton.runtime.autotuner import Autotuner
 
+from triton_attn import device
 from triton_attn.testing.interpreter.builder import StrictBuilder, check_overflow
 from triton_attn.testing.interpreter.faults import FalsePromise
 from triton_attn.testing.interpreter.memory import Bounds
-from triton_attn.testing.interpreter.programs import StrictExecutor
+from triton_attn.testing.interpreter.programs import StrictExecutor, one_launch
 from triton_attn.testing.interpreter.reductions import StrictReduceOps, StrictScanOps
+from triton_attn.testing.interpreter.strict import Record
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,21 @@ class Settings:
     tf32: bool
     order: int | None
     reachable: Sequence[Tensor]
+    record: Record
 
 
 _nested: list[Settings] = []
 _restoring = ExitStack()
-_prepared: set[int] = set()
 
 
 @contextmanager
 def strict(settings: Settings) -> Iterator[None]:
     """Strictness with these settings; inside another block, only the settings change."""
-    if not _nested:
-        _install()
     _nested.append(settings)
-    _apply(settings)
     try:
+        if len(_nested) == 1:
+            _install()
+        _apply(settings)
         yield
     finally:
         _nested.pop()
@@ -53,7 +55,6 @@ def strict(settings: Settings) -> Iterator[None]:
             _apply(_nested[-1])
         else:
             _restoring.close()
-            _prepared.clear()
 
 
 def _apply(settings: Settings) -> None:
@@ -72,6 +73,8 @@ def _exchange(owner: Any, name: str, value: Any) -> None:
 def _install() -> None:
     """Put the strict parts in the place of Triton's."""
     builder = plain.interpreter_builder
+    _restoring.callback(vars(builder).update, dict(vars(builder)))
+    _restoring.callback(vars(builder).clear)
     # language functions that an earlier, plain launch left patched hold this very builder: it becomes a strict one where it stands
     _exchange(builder, "__class__", StrictBuilder)
     _exchange(builder, "options", replace(builder.options, debug=True))
@@ -81,6 +84,7 @@ def _install() -> None:
     _exchange(plain, "ScanOps", StrictScanOps)
     _exchange(plain.InterpretedFunction, "__call__", _call)
     _exchange(plain.InterpretedFunction, "run", _run)
+    _exchange(device, "interpreter_computes_bfloat16", True)
     _exchange(Autotuner, "run", _first_configuration(Autotuner.run))
     _exchange(TritonSemantic, "binary_op_sanitize_overflow_impl", _unchecked)
     # the language is patched once, not for every launch and every call of a device function
@@ -95,29 +99,33 @@ def _unchecked(semantic: Any, lhs: Any, rhs: Any, operation: Any) -> None:
 
 
 def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    if not warmup:
-        function = self.rewrite()
-        _prepare(function)
+    if warmup:
+        return
+    with one_launch:
+        function = _prepared(self)
+        for settings in _nested:
+            settings.record.launches += 1
         plain.GridExecutor(function, self.arg_names, grid, self.pre_run_hooks)(*args, **kwargs)
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """A device function: exceptions pass as they are, so that a fault keeps its class."""
-    function = self.rewrite()
-    _prepare(function)
-    return function(*args, **kwargs)
+    return _prepared(self)(*args, **kwargs)
 
 
-def _prepare(function: Any) -> None:
-    """Patch what a file took out of the language by name, `exp = tl.exp`."""
-    names = function.__globals__
-    if id(names) in _prepared:
-        return
-    _prepared.add(id(names))
-    for name, value in list(names.items()):
-        if tl.core.is_builtin(value):
-            _restoring.callback(names.__setitem__, name, value)
-            names[name] = _interpreted(value)
+def _prepared(jitted: Any) -> Any:
+    """The Python function to run. What its file took out of the language by name, `exp = tl.exp`, is patched first."""
+    function = jitted.rewrite()
+    full = f"{function.__module__}.{function.__qualname__}"
+    if full not in _nested[-1].record.functions:
+        for settings in _nested:
+            settings.record.functions[full] = jitted
+        names = function.__globals__
+        for name, value in list(names.items()):
+            if tl.core.is_builtin(value):
+                _restoring.callback(names.__setitem__, name, value)
+                names[name] = _interpreted(value)
+    return function
 
 
 def _interpreted(builtin: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,12 +136,13 @@ def _first_configuration(run: Callable[..., Any]) -> Callable[..., Any]:
     """Autotuning without a GPU: nothing can be timed, so the first configuration serves."""
 
     def run_first(self: Any, *args: Any, **kwargs: Any) -> Any:
-        every = self.configs
-        self.configs = every[:1]
-        try:
-            return run(self, *args, **kwargs)
-        finally:
-            self.configs = every
+        with one_launch:
+            every = self.configs
+            self.configs = every[:1]
+            try:
+                return run(self, *args, **kwargs)
+            finally:
+                self.configs = every
 
     return run_first
 
@@ -143,6 +152,8 @@ def _multiple_of(input: Any, values: Any) -> Any:
     if not isinstance(input, tl.tensor):
         return input
     wanted = [getattr(value, "value", value) for value in (values if isinstance(values, (list, tuple)) else [values])]
+    if len(wanted) != max(1, len(input.shape)):
+        raise ValueError(f"tl.multiple_of of {len(wanted)} values for {len(input.shape)} axes")
     data = input.handle.data
     step = max(1, input.dtype.element_ty.primitive_bitwidth // 8) if input.dtype.is_ptr() else 1
     for axis, value in enumerate(wanted):

@@ -41,17 +41,13 @@ class View:
     def outside(self, addresses: NDArray[np.int64], width: int) -> NDArray[np.bool_] | None:
         """Which lanes do not lie in it wholly; None if all do."""
         offsets = addresses - self.start
-        if offsets.min() >= self.low and offsets.max() + width <= self.high:
-            if self.covered is None:
-                return None
-            wrong = ~self.covered[offsets // self.itemsize]
-            if width > self.itemsize:
-                wrong |= ~self.covered[(offsets + (width - 1)) // self.itemsize]
-            return wrong if wrong.any() else None
+        if self.covered is None and offsets.min() >= self.low and offsets.max() + width <= self.high:
+            return None
         wrong = (offsets < self.low) | (offsets + width > self.high)
         if self.covered is not None:
-            wrong |= ~self.covered[np.clip(offsets, self.low, self.high - 1) // self.itemsize]
-        return wrong
+            for past in range(0, width, self.itemsize):
+                wrong |= ~self.covered[np.clip((offsets + past) // self.itemsize, 0, self.covered.size - 1)]
+        return wrong if wrong.any() else None
 
     def __str__(self) -> str:
         return f"{self.name}, shape {self.shape}, strides {self.strides}"
@@ -96,8 +92,8 @@ class Memory:
 
     def __init__(self, tensors: Mapping[str, Tensor], also: Sequence[Tensor], bounds: Bounds, races: bool) -> None:
         self.bounds, self.races = bounds, races
-        self.views = {name: View(name, tensor, bounds) for name, tensor in tensors.items()}
-        self.anonymous = [View(f"reachable[{i}]", tensor, bounds) for i, tensor in enumerate(also)]
+        self.views = {name: View(name, tensor, bounds or "storage") for name, tensor in tensors.items()}
+        self.anonymous = [View(f"reachable[{i}]", tensor, bounds or "storage") for i, tensor in enumerate(also)]
         self.shadows: dict[int, Shadow] = {}
         if races:
             everything = [*tensors.values(), *also]
@@ -118,61 +114,63 @@ class Memory:
             addresses = addresses[np.broadcast_to(mask, pointers.data.shape).reshape(-1)]
         if addresses.size == 0:
             return
+        origins = pointers.attr.get("origins", ()) if self.bounds else ()
+        views = [self.views[name] for name in origins] or [*self.views.values(), *self.anonymous]
         if width > 1 and (addresses % width).any():
-            raise Misaligned(f"{kind} of {width} bytes at an address that is no multiple of {width}")
-        origins = pointers.attr.get("origins", ())
-        view = self._holder([self.views[name] for name in origins] or [*self.views.values(), *self.anonymous], addresses, width, kind)
-        shadow = self.shadows.get(view.storage) if self.races and view else None
-        if shadow is None or view is None:
-            return
+            name, index, _ = _place(views, int(addresses[addresses % width != 0][0]))
+            raise Misaligned(f"{kind} of {width} bytes at an address that is no multiple of {width}", tensor=name, index=index)
+        for view, held in self._holders(kind, views, addresses, width):
+            if view.storage in self.shadows:
+                self._remember(kind, view, self.shadows[view.storage], held, width, program)
+
+    def _holders(
+        self, kind: Access, views: Sequence[View], addresses: NDArray[np.int64], width: int
+    ) -> list[tuple[View, NDArray[np.int64]]]:
+        """The views that the lanes lie in, and which lanes: one view, unless tl.where chose between pointers."""
+        found: list[tuple[View, NDArray[np.int64]]] = []
+        left = addresses
+        for view in views:
+            wrong = view.outside(left, width)
+            if wrong is None:
+                return [*found, (view, left)]
+            if not wrong.all():
+                found.append((view, left[~wrong]))
+                left = left[wrong]
+        if self.bounds:
+            name, index, place = _place(views, int(left[0]))
+            raise OutOfBounds(f"out of bounds: {left.size} of {addresses.size} lanes {kind} {place}", tensor=name, index=index)
+        return found
+
+    def _remember(self, kind: Access, view: View, shadow: Shadow, addresses: NDArray[np.int64], width: int, program: int) -> None:
+        """Race or DuplicateStore where two programs, or two lanes of a store, meet."""
         cells = shadow.cells(addresses, width)
         if kind == "store" and not (cells[1:] > cells[:-1]).all() and np.unique(cells).size != cells.size:
             values, counts = np.unique(cells, return_counts=True)
-            twice = int(values[counts > 1][0])
-            raise DuplicateStore(f"two lanes of one store write {self._element(view, shadow, twice)}", tensor=view.name)
+            index = self._index(view, shadow, int(values[counts > 1][0]))
+            raise DuplicateStore(f"two lanes of one store write element {index} of {view}", tensor=view.name, index=index)
         found = shadow.others(kind, cells, program)
         if found is not None:
             conflict, deed = found
-            cell = int(cells[conflict][0])
+            index = self._index(view, shadow, int(cells[conflict][0]))
             did = {"load": "loads", "store": "stores", "atomic": "atomically updates"}[kind]
             how = {"stored": "stores", "loaded": "loads", "updated": "atomically updates"}[deed]
-            text = f"race: this program {did} {self._element(view, shadow, cell)}, which another program of the launch {how}"
-            raise Race(text, tensor=view.name, index=self._index(view, shadow, cell))
-
-    def _holder(self, views: Sequence[View], addresses: NDArray[np.int64], width: int, kind: Access) -> View | None:
-        """The view that all lanes lie in."""
-        if not self.bounds:
-            return next((view for view in views if (addresses >= view.storage).all()), None) if len(views) == 1 else None
-        wrong = None
-        for view in views:
-            wrong = view.outside(addresses, width)
-            if wrong is None:
-                return view
-        if len(views) > 1:
-            # lanes may be spread over several tensors, for instance by tl.where between pointers
-            left = np.ones(addresses.shape, np.bool_)
-            for view in views:
-                missing = view.outside(addresses, width)
-                left &= False if missing is None else missing
-            if not left.any():
-                return None
-            wrong = left
-        lanes = 0 if wrong is None else int(wrong.sum())
-        first = int(addresses[0] if wrong is None else addresses[wrong][0])
-        nearest = min(views, key=lambda view: abs(first - view.start), default=None)
-        if nearest is None:
-            raise OutOfBounds(f"{kind} through a pointer, but no tensor was passed")
-        index = (first - nearest.start) // nearest.itemsize
-        place = "in a hole of" if nearest.low <= first - nearest.start < nearest.high else "outside"
-        text = f"out of bounds: {lanes} of {addresses.size} lanes {kind} {place} {nearest}; the first is element {index} from its start"
-        raise OutOfBounds(text, tensor=nearest.name, index=index)
+            text = f"race: this program {did} element {index} of {view}, which another program of the launch {how}"
+            raise Race(text, tensor=view.name, index=index)
 
     @staticmethod
     def _index(view: View, shadow: Shadow, cell: int) -> int:
         return (shadow.start + cell * shadow.cell - view.start) // view.itemsize
 
-    def _element(self, view: View, shadow: Shadow, cell: int) -> str:
-        return f"element {self._index(view, shadow, cell)} of {view}"
+
+def _place(views: Sequence[View], address: int) -> tuple[str, int | None, str]:
+    """Name of the nearest tensor, the element of it, and both in words."""
+    nearest = min(views, key=lambda view: abs(address - view.start), default=None)
+    if nearest is None:
+        return "", None, "through a pointer, but no tensor was passed"
+    offset = address - nearest.start
+    index = offset // nearest.itemsize
+    place = "in a hole of" if nearest.low <= offset < nearest.high else "outside"
+    return nearest.name, index, f"{place} {nearest}; the first is element {index} from its start"
 
 
 def _packed(axes: Sequence[tuple[int, int]]) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 import random
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import triton
 from torch import Tensor
 from triton.runtime import interpreter as plain
@@ -18,7 +20,7 @@ from triton_attn.testing.interpreter.faults import InvalidGrid, KernelFault
 from triton_attn.testing.interpreter.memory import Bounds, Memory, tensors_in
 
 HIGHEST = (2**31 - 1, 65535, 65535)
-_one_launch = threading.RLock()  # the interpreter's state is global
+one_launch = threading.RLock()  # the interpreter's state is global
 
 
 class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
@@ -32,12 +34,15 @@ class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
     def __call__(self, *args_dev: Any, **kwargs: Any) -> None:
         names = inspect.signature(self.fn).parameters
         kwargs = {name: value for name, value in kwargs.items() if name in names}
-        with _one_launch:
-            args_hst, kwargs_hst = self._init_args_hst(args_dev, kwargs)
-            for hook in self.pre_run_hooks:
-                hook(*args_hst, **kwargs_hst)
-            given = inspect.getcallargs(self.fn, *args_hst, **kwargs_hst)
+        tensors = [tensor for value in (*args_dev, *kwargs.values()) for tensor in tensors_in("", value).values()]
+        elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)  # else copying would touch far storages whole
+        args_hst, kwargs_hst = self._init_args_hst(args_dev, kwargs) if elsewhere else (args_dev, kwargs)
+        for hook in self.pre_run_hooks:
+            hook(*args_hst, **kwargs_hst)
+        given = inspect.getcallargs(self.fn, *args_hst, **kwargs_hst)
+        with np.errstate(all="ignore"):  # a GPU overflows without a word
             self.run_programs(given)
+        if elsewhere:
             self._restore_args_dev(args_dev, args_hst, kwargs, kwargs_hst)
 
     def run_programs(self, given: dict[str, Any]) -> None:
@@ -54,7 +59,7 @@ class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
         program = None
         try:
             grid = _checked(self.grid(arguments) if callable(self.grid) else self.grid)
-            builder.memory = Memory(tensors, self.reachable, self.bounds, self.races) if self.bounds or self.races else None
+            builder.memory = Memory(tensors, self.reachable, self.bounds, self.races)
             builder.set_grid_dim(*grid)
             for number, program in _ordered(grid, self.order):
                 builder.program = number
@@ -82,20 +87,21 @@ def _checked(grid: Sequence[int]) -> tuple[int, int, int]:
     """The grid with three axes, if CUDA and Triton's launcher take it."""
     if not 1 <= len(grid) <= 3:
         raise InvalidGrid(f"grid {tuple(grid)} has {len(grid)} axes; CUDA has 1 to 3")
-    x, y, z = (*grid, 1, 1)[:3]
+    x, y, z = (*map(operator.index, grid), 1, 1)[:3]  # a grid computed from arguments is of tensors
     for axis, size, most in zip("xyz", (x, y, z), HIGHEST, strict=True):
         if not 0 <= size <= most:
-            raise InvalidGrid(f"grid {tuple(grid)}: axis {axis} is {size}; CUDA takes at most {most}")
+            raise InvalidGrid(f"grid {(x, y, z)}: axis {axis} is {size}; CUDA takes at most {most}")
     if x * y * z >= 2**31:
-        raise InvalidGrid(f"grid {tuple(grid)}: {x * y * z} programs overflow the launcher's int32 product, and nothing would run")
+        raise InvalidGrid(f"grid {(x, y, z)}: {x * y * z} programs overflow the launcher's int32 product, and nothing would run")
     return x, y, z
 
 
 def _ordered(grid: tuple[int, int, int], order: int | None) -> Iterator[tuple[int, tuple[int, int, int]]]:
     """(number from 1, ids) of every program, shuffled by the seed `order`."""
-    programs = enumerate(itertools.product(*map(range, grid)), start=1)
-    if order is None:
-        return iter(programs)
-    shuffled = list(programs)
-    random.Random(order).shuffle(shuffled)
-    return iter(shuffled)
+    x, y, z = map(range, grid)
+    programs = enumerate(itertools.product(x, y, z), start=1)
+    if order is not None:
+        shuffled = list(programs)
+        random.Random(order).shuffle(shuffled)
+        return iter(shuffled)
+    return programs

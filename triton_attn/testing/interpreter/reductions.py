@@ -10,8 +10,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter as plain
 
-from triton_attn.testing.interpreter import formats
-from triton_attn.testing.interpreter.builder import widened
+from triton_attn.testing.interpreter.builder import narrowed, widened
 
 Block = Any  # tl.tensor
 
@@ -26,21 +25,25 @@ class _Strict:
         results = super().apply(wide)  # type: ignore[misc]
         # an index beside a value, or a value by itself: only what was bfloat16 becomes it again
         return tuple(
-            self.to_tensor(formats.narrow(result.handle.data), tl.bfloat16)
-            if i < len(input) and input[i].dtype == tl.bfloat16 and result.dtype == tl.float32
-            else result
+            _narrow(result) if i < len(input) and input[i].dtype == tl.bfloat16 and result.dtype == tl.float32 else result
             for i, result in enumerate(results)
         )
 
     def combined(self: Any, left: Sequence[NDArray[Any]], right: Sequence[NDArray[Any]], like: Sequence[Block]) -> list[NDArray[Any]]:
         """The combine function on two tuples of slices."""
         blocks = [self.to_tensor(x, block.dtype) for x, block in [*zip(left, like, strict=True), *zip(right, like, strict=True)]]
-        results = self.combine_fn.fn(*blocks)
+        results = self.combine_fn(*blocks)
         results = results if isinstance(results, tuple) else (results,)
         return [np.broadcast_to(_data(result), x.shape).astype(x.dtype) for result, x in zip(results, right, strict=True)]
 
 
 class StrictReduceOps(_Strict, plain.ReduceOps):  # type: ignore[misc]
+    def unravel(self, input: Sequence[Block], axis: int | None) -> tuple[Sequence[Block], int]:
+        """Triton's own flattens only the first of several inputs."""
+        if axis is not None:
+            return input, axis
+        return [self.to_tensor(block.handle.data.reshape(-1), block.dtype) for block in input], 0
+
     def generic_reduce(self, input: Sequence[Block]) -> list[Block]:
         blocks, axis = self.unravel(input, self.axis)
         slices = [np.moveaxis(block.handle.data, axis, 0) for block in blocks]
@@ -66,9 +69,18 @@ class StrictScanOps(_Strict, plain.ScanOps):  # type: ignore[misc]
 
 
 def _wide(block: Block) -> Block:
-    kind = tl.block_type(tl.float32, list(block.shape)) if block.shape else tl.float32
-    return tl.core.tensor(widened(block.handle), kind)
+    return tl.core.tensor(widened(block.handle), _like(block, tl.float32))
+
+
+def _narrow(block: Block) -> Block:
+    return tl.core.tensor(narrowed(block.handle), _like(block, tl.bfloat16))
+
+
+def _like(block: Block, element: Any) -> Any:
+    """The type of a block, or of a scalar, with other elements."""
+    return tl.block_type(element, list(block.shape)) if block.shape else element
 
 
 def _data(value: Any) -> NDArray[Any]:
-    return np.asarray(value.handle.data if isinstance(value, tl.core.tensor) else value)
+    data = np.asarray(value.handle.data if isinstance(value, tl.core.tensor) else value)
+    return data.reshape(()) if data.size == 1 else data  # a scalar of Triton's is an array of one

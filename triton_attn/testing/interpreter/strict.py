@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from triton_attn import device
 from triton_attn.testing.interpreter.faults import StrictnessError
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 KNOWN = ("3.6", "3.9")
 
 
+@dataclass
+class Record:
+    """What ran inside a block: how many launches, and the `@triton.jit` functions, kernels and device functions alike."""
+
+    launches: int = 0
+    functions: dict[str, Any] = field(default_factory=dict)  # "module.function" -> the jit function
+
+
 @contextmanager
 def strict_interpreter(
     *,
@@ -28,7 +36,7 @@ def strict_interpreter(
     tf32: bool = True,
     order: int | None = None,
     reachable: Sequence[Tensor] = (),
-) -> Iterator[None]:
+) -> Iterator[Record]:
     """Make kernels interpreted under `TRITON_INTERPRET=1` strict, for the length of a `with` block.
 
     A fault raises a subclass of `KernelFault` that names kernel, source line, program, tensor argument and index. Always on: right
@@ -47,6 +55,9 @@ def strict_interpreter(
         order: run programs in an order shuffled by this seed; a kernel without atomics gives the same bits.
         reachable: tensors that a kernel reaches through addresses read from memory, which no argument shows.
 
+    Yields:
+        A record of what ran.
+
     Raises:
         StrictnessError: Triton is not interpreting, or its version is none that this knows.
 
@@ -55,15 +66,15 @@ def strict_interpreter(
     require_interpreter()
     from triton_attn.testing.interpreter import language
 
-    settings = language.Settings(bounds, races, overflow, poison, tf32, order, tuple(reachable))
-    with language.strict(settings):
-        yield
+    record = Record()
+    with language.strict(language.Settings(bounds, races, overflow, poison, tf32, order, tuple(reachable), record)):
+        yield record
 
 
 def require_interpreter() -> None:
     """StrictnessError unless kernels are interpreted here, by a Triton whose interpreter is known."""
     if not device.interpreting():
-        raise StrictnessError("Triton is not interpreting; set TRITON_INTERPRET=1 before triton is imported, on a machine with or without a GPU")
-    found = version("triton")
+        raise StrictnessError("Triton is not interpreting; set TRITON_INTERPRET=1 before triton is imported, with a GPU or without")
+    found = device.triton_version()
     if not found.startswith(tuple(f"{known}." for known in KNOWN)):
-        raise StrictnessError(f"triton {found}: the strict interpreter knows {' and '.join(KNOWN)}")
+        raise StrictnessError(f"triton {found}: the strict interpreter knows {' and '.join(KNOWN)}; install one of them")
