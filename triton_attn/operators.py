@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from triton_attn import arguments, device, dispatch
@@ -86,6 +85,9 @@ class Operator:
     def __call__(self, tensors: Tensors, options: Options) -> tuple[Tensor, ...]:
         args = (*(tensors[name] for name in self.inputs), *(options[name] for name in self.options))
         if _transforming():
+            if torch.compiler.is_compiling():
+                # Dynamo would run the forward operator alone, and its derivative would be lost
+                torch._dynamo.graph_break(msg="torch.func around an autograd function")
             return self.transformable.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
         if not (torch.is_grad_enabled() and any(tensors[name].requires_grad for name in self.row.differentiable)):
             return self.forward(*args)  # type: ignore[no-any-return]
@@ -118,7 +120,9 @@ class Operator:
         # the variants share one backward; the row's most general kernel has it
         code = self.row.kernels[-1].load()
         with device.guard(args[len(grads)]):
-            return code.backward(*grads, **tensors, **saved, **options, needs=tuple(needs))  # type: ignore[no-any-return]
+            computed = code.backward(*grads, **tensors, **saved, **options, needs=tuple(needs))
+        # as the fake says: an operator may not return one tensor twice
+        return tuple(gradient if need else gradient.new_empty(0) for gradient, need in zip(computed, needs, strict=True))
 
     def _split_backward(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], dict[str, Any], dict[str, Any], Sequence[bool]]:
         first = len(self.row.outputs)
@@ -154,8 +158,8 @@ class Operator:
         """A mapped axis is folded into the batch, and taken out of the results."""
         axes = [given.axes for given in self.row.inputs.values()]
         outputs = [given.axes for given in self.row.outputs.values()]
-        for operator, all_axes in ((self.forward, axes), (self.backward, outputs + axes + outputs)):
-            torch.library.register_vmap(operator, _folding(operator, all_axes), lib=_LIBRARY)
+        for operator, all_axes, first in ((self.forward, axes, 0), (self.backward, outputs + axes + outputs, len(outputs))):
+            torch.library.register_vmap(operator, _folding(operator, all_axes, first), lib=_LIBRARY)
 
     def _register_flops(self) -> None:
         def forward_flops(*shapes: Any, **kwargs: Any) -> int:
@@ -187,9 +191,29 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
         if all(grad is None for grad in grads):
             return tuple(result)
         needs = [ctx.needs_input_grad[position] for position in positions]
-        for position, needed, gradient in zip(positions, needs, backward(*grads, *ctx.saved_tensors, *ctx.options, needs), strict=True):
+        # a plain backward pass goes straight to the operator
+        watched = _transforming() or (torch.is_grad_enabled() and not torch.compiler.is_compiling())
+        computed = (Last.apply if watched else backward)(*grads, *ctx.saved_tensors, *ctx.options, needs)  # type: ignore[no-untyped-call]
+        for position, needed, gradient in zip(positions, needs, computed, strict=True):
             result[position] = gradient if needed else None
         return tuple(result)
+
+    class Last(torch.autograd.Function):
+        """The backward operator where its results may be differentiated again, which `once_differentiable` would not always see."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return backward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise dispatch.Unsupported(f"{operator.row.name}: kernels differentiate once, not twice; use_backend('reference') does")
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -199,7 +223,6 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(ctx, *grads)
 
@@ -215,7 +238,6 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
             save(ctx, inputs, output)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(ctx, *grads)
 
@@ -227,11 +249,12 @@ def _transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 
 
-def _folding(operator: Callable[..., Any], all_axes: Sequence[str]) -> Callable[..., Any]:
+def _folding(operator: Callable[..., Any], all_axes: Sequence[str], first: int) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         count = info.batch_size
+        batch = (args[first] if in_dims[first] is None else args[first].select(in_dims[first], 0)).shape[0]
         folded = [
-            _fold(tensor, dim, axes, count, info.randomness)
+            _fold(tensor, dim, axes, count, batch, info.randomness)
             for tensor, dim, axes in zip(args[: len(all_axes)], in_dims, all_axes, strict=False)
         ]
         results = operator(*folded, *args[len(all_axes) :])
@@ -242,7 +265,7 @@ def _folding(operator: Callable[..., Any], all_axes: Sequence[str]) -> Callable[
     return rule
 
 
-def _fold(tensor: Tensor | None, dim: int | None, axes: str, count: int, randomness: str) -> Tensor | None:
+def _fold(tensor: Tensor | None, dim: int | None, axes: str, count: int, batch: int, randomness: str) -> Tensor | None:
     if tensor is None:
         return None
     if not axes:  # the seed: entries differ by batch index anyhow
@@ -253,4 +276,7 @@ def _fold(tensor: Tensor | None, dim: int | None, axes: str, count: int, randomn
         if tensor.shape[0] == 1 and len(tensor.shape) == 4 and axes.endswith("m n"):
             return tensor
         tensor, dim = tensor.expand(count, *tensor.shape), 0
-    return tensor.movedim(dim, 0).flatten(0, 1)
+    mapped = tensor.movedim(dim, 0)
+    if mapped.shape[1] != batch:  # one mask for the whole batch
+        mapped = mapped.expand(count, batch, *mapped.shape[2:])
+    return mapped.flatten(0, 1)
