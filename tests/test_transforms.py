@@ -395,6 +395,7 @@ def test_a_call_on_the_meta_device_gives_shapes(row: Mechanism, case: Case) -> N
 @each(alone)
 def test_a_call_on_a_gpu_that_is_not_here_gives_shapes(row: Mechanism, case: Case) -> None:
     with FakeTensorMode(), torch.no_grad():
-        call = draw(row, case, device="cuda")
-        out = call(*call.leaves)
+        call = draw(row, case)
+        out = call(*(torch.empty(x.shape, device="cuda") for x in call.leaves))
+    assert out.device.type == "cuda"
     assert described([out]) == described([eager(draw(row, case), "triton")[0]])

@@ -121,7 +121,9 @@ class Operator:
         code = self.row.kernels[-1].load()
         with device.guard(args[len(grads)]):
             computed = code.backward(*grads, **tensors, **saved, **options, needs=tuple(needs))
-        # as the fake says: an operator may not return one tensor twice
+        if all(needs):
+            return computed  # type: ignore[no-any-return]
+        # as the fake says; and an operator may not return one tensor twice
         return tuple(gradient if need else gradient.new_empty(0) for gradient, need in zip(computed, needs, strict=True))
 
     def _split_backward(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], dict[str, Any], dict[str, Any], Sequence[bool]]:
