@@ -132,8 +132,7 @@ def angles(length: int, width: int) -> tuple[Tensor, Tensor]:
 
 def neighborhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     apart = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
-    near = (apart.abs() <= 4) & (apart % 2 == 0)
-    return ((q @ k.mT) * q.shape[-1] ** -0.5).masked_fill(~near, -torch.inf).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, (apart.abs() <= 4) & (apart % 2 == 0))
 
 
 def mixture(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
@@ -162,10 +161,9 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, beta: Te
 
 def attended(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
     """Causal attention, with forget gates added to the scores where there are any."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    since = 0 if g is None else g.cumsum(1).mT[..., :, None] - g.cumsum(1).mT[..., None, :]
-    later = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
-    return (((q @ k.mT) * q.shape[-1] ** -0.5 + since).masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    bias = torch.full((q.shape[1],) * 2, -torch.inf, dtype=q.dtype).triu(1)
+    bias = bias if g is None else bias + g.cumsum(1).mT[..., :, None] - g.cumsum(1).mT[..., None, :]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2)
 
 
 def each_sequence(definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -443,10 +441,9 @@ def test_a_masked_lane_reaches_a_result(what: str) -> None:
 def test_rope_turns_a_gradient_that_others_need() -> None:
     """No alarm, but a wrong number: liger's backward rotates the gradient where it lies, and a sum gives the same one to both its terms."""
     module = library(L)
-    before, w = torch.randn(2, 1, 7, 24, requires_grad=True), torch.randn(2, 1, 7, 24)
-    keys = torch.randn(2, 1, 7, 24, requires_grad=True)
+    before, keys, w = (torch.randn(2, 1, 7, 24, requires_grad=grad) for grad in (True, True, False))
     with strict_interpreter():
         other = before * 2
         turned = module.LigerRopeFunction.apply(torch.randn(2, 3, 7, 24), keys.clone(), *torch.rand(2, 1, 7, 24))[1]
-        found = torch.autograd.grad(((turned + other) * w).sum(), before)[0]
+        found = torch.autograd.grad(((turned + other) * w).sum(), (before, keys))[0]
     assert error(found, 2 * w.double()) > 0.1

@@ -391,7 +391,6 @@ def test_a_call_on_the_meta_device_gives_shapes(row: Mechanism, case: Case) -> N
 
 
 @pytest.mark.xfail(raises=(AssertionError, RuntimeError), reason="dispatch asks the properties of a GPU that is not here")
-@pytest.mark.filterwarnings("ignore:.*takes its portable path:UserWarning")
 @each(alone)
 def test_a_call_on_a_gpu_that_is_not_here_gives_shapes(row: Mechanism, case: Case) -> None:
     with FakeTensorMode(), torch.no_grad():
