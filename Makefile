@@ -9,11 +9,13 @@ PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 
 
 NEW := .venv/.installed
 OLD := .venv-triton36/.installed
+FOREIGN := .venv-foreign/.installed
+LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all lint types compile tables bench docs clean
+.PHONY: report test test-all test-foreign lint types compile tables bench docs clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -21,8 +23,12 @@ report: $(NEW)
 test: $(NEW)
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(NEW)
+test-all: $(NEW) test-foreign
 	$(PYTEST) tests
+
+# Kernels that nobody here wrote, under the strict interpreter.
+test-foreign: $(FOREIGN)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-foreign/bin/python -m pytest -n 2 -q tests/test_foreign_kernels.py
 
 lint: $(NEW)
 	.venv/bin/ruff check .
@@ -50,7 +56,7 @@ docs: $(NEW)
 	.venv/bin/python docs/build.py
 
 clean:
-	rm -rf .venv .venv-triton36 build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-triton36 .venv-foreign build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch by itself first: pip takes the build that the machine offers. A CUDA build requires one exact triton, a CPU build none.
@@ -69,4 +75,13 @@ $(OLD): pyproject.toml constraints.txt
 	@grep -v '^numpy==' constraints.txt > .venv-triton36/constraints.txt
 	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt torch
 	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt triton==3.6.0 'numpy<2.4' -e '.[cli,testing]'
+	@touch $@
+
+# The libraries without what they ask for: one of them asks for CUDA builds.
+$(FOREIGN): pyproject.toml constraints.txt
+	@echo "installing into .venv-foreign (once, some minutes)"
+	@$(PYTHON) -m venv .venv-foreign
+	@.venv-foreign/bin/python $(PIP) -c constraints.txt torch
+	@.venv-foreign/bin/python $(PIP) -c constraints.txt triton==$(TRITON) pytest-benchmark pytest-xdist -e '.[testing]'
+	@.venv-foreign/bin/python $(PIP) --no-deps $(LIBRARIES)
 	@touch $@
