@@ -1,12 +1,14 @@
 """The softmax loop, once: forward. A pattern says which rows a program owns and which runs of keys they visit.
 
-A pattern is three `@triton.jit` functions and a tuple of runtime integers, `numbers`:
-- `ROWS(tile, length, numbers, BLOCK)`: the rows that a program owns, as (start, step, count);
+A walk is three `@triton.jit` functions and a tuple of runtime integers, `numbers`:
+- `OWNS(tile, length, numbers, BLOCK)`: the rows that a program owns, as (start, step, count);
 - `RUNS(i, first, last, len_m, len_n, numbers, BLOCK)`: the i-th run of keys for rows first..last, likewise; count may be 0;
-- `KEEP(m, n, numbers)`: the fine rule, asked only in runs that EDGES marks. Tiles of other runs are full and seen by every row.
-For dK and dV the roles are exchanged (`COLUMNS`, `VISITS`); there every tile may be ragged, since absent rows have lse = +inf.
+- `KEEP(i, m, n, numbers)`: the fine rule, asked only in runs that EDGES marks. Tiles of other runs are full and seen by every row.
+For dK and dV a walk owns keys and its runs are of queries; there every tile may be ragged, since absent rows have lse = +inf.
 
 The online softmax simply goes on from one run into the next (FlashAttention-2, Dao 2023, section 3.1, over a union of runs).
+
+Keys from elsewhere (EXTRA): run 0 reads another key and value tensor, whose row j stands for key `positions[j]`; NOWHERE hides it.
 """
 
 import triton
@@ -18,6 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # lengths and counts change from call to call: a binary for each of their divisors would be compiled again and again
 VARYING = ["heads", "group", "tiles", "len_m", "len_n", "threshold", "numbers"]
+NOWHERE = tl.constexpr(2**31 - 1)
 NO_MASK, BOOLEAN, ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -56,6 +59,7 @@ def hide(
     mask_base,
     mask_strides,
     numbers,
+    I: tl.constexpr,
     KEEP: tl.constexpr,
     EDGE: tl.constexpr,
     CHECK: tl.constexpr,
@@ -73,7 +77,7 @@ def hide(
         score = tl.where(in_n, score, float("-inf"))
     if EDGE:
         if KEEP is not None:
-            score = tl.where(KEEP(m, n, numbers), score, float("-inf"))
+            score = tl.where(KEEP(I, m, n, numbers), score, float("-inf"))
     return score
 
 
@@ -87,10 +91,27 @@ def power(x, MASK: tl.constexpr):
 
 
 @triton.jit
+def standing_for(positions_ptr, positions_strides, batch, g, n, in_n):
+    """Which keys the rows n of keys from elsewhere stand for, and whether they stand for any."""
+    pointers = positions_ptr + batch * positions_strides[0] + g * positions_strides[1] + n.to(tl.int64) * positions_strides[2]
+    position = tl.load(pointers, mask=in_n, other=NOWHERE)
+    return position, position != NOWHERE
+
+
+@triton.jit
 def not_padded(padding_ptr, padding_strides, batch, n, in_n):
     """Which of these keys the padding mask leaves."""
     pointers = padding_ptr + batch * padding_strides[0] + n.to(tl.int64) * padding_strides[1]
     return in_n & (tl.load(pointers, mask=in_n, other=1) == 0)
+
+
+@triton.jit
+def load_extra(ptrs, strides, batch, g, j, in_n, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Rows j of the keys and values from elsewhere, the keys that they stand for, and which of them stand for any."""
+    n, in_n = standing_for(ptrs[2], strides[2], batch, g, j, in_n)
+    k = load_rows(ptrs[0] + batch * strides[0][0] + g * strides[0][1], j, in_n, strides[0][2], strides[0][3], D, BLOCK_D, True)
+    v = load_rows(ptrs[1] + batch * strides[1][0] + g * strides[1][1], j, in_n, strides[1][2], strides[1][3], E, BLOCK_E, True)
+    return k, v, n, in_n
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -98,6 +119,7 @@ def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    extra_ptrs,
     mask_ptr,
     padding_ptr,
     end_ptr,
@@ -107,6 +129,7 @@ def forward_kernel(
     q_strides,
     k_strides,
     v_strides,
+    extra_strides,
     mask_strides,
     padding_strides,
     out_strides,
@@ -119,10 +142,12 @@ def forward_kernel(
     threshold,
     rescale,
     numbers,
-    ROWS: tl.constexpr,
+    OWNS: tl.constexpr,
     RUNS: tl.constexpr,
     KEEP: tl.constexpr,
     EDGES: tl.constexpr,
+    FOURS: tl.constexpr,
+    EXTRA: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -155,7 +180,7 @@ def forward_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    start, step, count = ROWS(tile, len_m, numbers, BLOCK_M)
+    start, step, count = OWNS(tile, len_m, numbers, BLOCK_M)
     lane_m, lane_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m, in_m = start + lane_m * step, lane_m < count
     last = start + (tl.minimum(count, BLOCK_M) - 1) * step
@@ -182,14 +207,17 @@ def forward_kernel(
             )
         for offset in tl.range(0, length, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
             n, in_n = run + (offset + lane_n) * stride, offset + lane_n < length
-            if PADDING:
-                in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
-            if DESCRIPTORS:
-                k = k_rows.load([offset, 0])
-                v = v_rows.load([offset, 0])
+            if EXTRA and i == 0:
+                k, v, n, in_n = load_extra(extra_ptrs, extra_strides, batch, g, n, in_n, D, E, BLOCK_D, BLOCK_E)
             else:
-                k = load_rows(k_base, n, in_n, k_strides[2], k_strides[3], D, BLOCK_D, EDGES[i] or PADDING)
-                v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
+                if PADDING:
+                    in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
+                if DESCRIPTORS:
+                    k = k_rows.load([offset, 0])
+                    v = v_rows.load([offset, 0])
+                else:
+                    k = load_rows(k_base, n, in_n, k_strides[2], k_strides[3], D, BLOCK_D, EDGES[i] or PADDING)
+                    v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             score = hide(
                 score,
@@ -200,6 +228,7 @@ def forward_kernel(
                 mask_base,
                 mask_strides,
                 numbers,
+                i,
                 KEEP,
                 EDGES[i],
                 EDGES[i] or PADDING,
@@ -212,7 +241,8 @@ def forward_kernel(
             p = power(score - finite[:, None], MASK)
             total = total * fade + tl.sum(p, 1)
             if DROPOUT:
-                p = tl.where(kept(seed, head, m[:, None], run + offset, threshold, BLOCK_N), p, 0.0)
+                keep = kept(seed, head, m[:, None], n[None, :], run + offset, threshold, FOURS and not (EXTRA and i == 0))
+                p = tl.where(keep, p, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
             top = higher
 

@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 
 from triton_attn.kernels._dropout import kept
-from triton_attn.kernels._softmax import ADDITIVE, LOG2E, NO_MASK, VARYING, hide, load_rows, not_padded, power, store_rows
+from triton_attn.kernels._softmax import (
+    ADDITIVE,
+    LOG2E,
+    NO_MASK,
+    VARYING,
+    hide,
+    load_extra,
+    load_rows,
+    not_padded,
+    power,
+    standing_for,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "len_m"])
@@ -56,6 +68,7 @@ def backward_query_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    extra_ptrs,
     mask_ptr,
     padding_ptr,
     end_ptr,
@@ -67,6 +80,7 @@ def backward_query_kernel(
     q_strides,
     k_strides,
     v_strides,
+    extra_strides,
     mask_strides,
     padding_strides,
     grad_strides,
@@ -81,10 +95,12 @@ def backward_query_kernel(
     threshold,
     rescale,
     numbers,
-    ROWS: tl.constexpr,
+    OWNS: tl.constexpr,
     RUNS: tl.constexpr,
     KEEP: tl.constexpr,
     EDGES: tl.constexpr,
+    FOURS: tl.constexpr,
+    EXTRA: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -112,7 +128,7 @@ def backward_query_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    start, step, count = ROWS(tile, len_m, numbers, BLOCK_M)
+    start, step, count = OWNS(tile, len_m, numbers, BLOCK_M)
     lane_m, lane_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m, in_m = start + lane_m * step, lane_m < count
     last = start + (tl.minimum(count, BLOCK_M) - 1) * step
@@ -126,10 +142,13 @@ def backward_query_kernel(
         run, stride, length = RUNS(i, start, last, len_m, end, numbers, BLOCK_N)
         for offset in tl.range(0, length, BLOCK_N):
             n, in_n = run + (offset + lane_n) * stride, offset + lane_n < length
-            if PADDING:
-                in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
-            k = load_rows(k_base, n, in_n, k_strides[2], k_strides[3], D, BLOCK_D, EDGES[i] or PADDING)
-            v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
+            if EXTRA and i == 0:
+                k, v, n, in_n = load_extra(extra_ptrs, extra_strides, batch, g, n, in_n, D, E, BLOCK_D, BLOCK_E)
+            else:
+                if PADDING:
+                    in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
+                k = load_rows(k_base, n, in_n, k_strides[2], k_strides[3], D, BLOCK_D, EDGES[i] or PADDING)
+                v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             score = hide(
                 score,
@@ -140,6 +159,7 @@ def backward_query_kernel(
                 mask_base,
                 mask_strides,
                 numbers,
+                i,
                 KEEP,
                 EDGES[i],
                 EDGES[i] or PADDING,
@@ -148,7 +168,8 @@ def backward_query_kernel(
             p = power(score - lse[:, None], MASK)
             dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             if DROPOUT:
-                dp = tl.where(kept(seed, head, m[:, None], run + offset, threshold, BLOCK_N), dp * rescale, 0.0)
+                keep = kept(seed, head, m[:, None], n[None, :], run + offset, threshold, FOURS and not (EXTRA and i == 0))
+                dp = tl.where(keep, dp * rescale, 0.0)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_rows(dq_ptr + batch * dq_strides[0] + h * dq_strides[1], m, in_m, dq_strides[2], dq_strides[3], dq * natural_scale, D, BLOCK_D)
@@ -159,6 +180,7 @@ def backward_key_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    positions_ptr,
     mask_ptr,
     padding_ptr,
     seed_ptr,
@@ -170,6 +192,7 @@ def backward_key_kernel(
     q_strides,
     k_strides,
     v_strides,
+    positions_strides,
     mask_strides,
     padding_strides,
     grad_strides,
@@ -185,10 +208,11 @@ def backward_key_kernel(
     threshold,
     rescale,
     numbers,
-    COLUMNS: tl.constexpr,
-    VISITS: tl.constexpr,
+    OWNS: tl.constexpr,
+    RUNS: tl.constexpr,
     KEEP: tl.constexpr,
     EDGES: tl.constexpr,
+    FOURS: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -208,22 +232,26 @@ def backward_key_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    start, step, count = COLUMNS(tile, len_n, numbers, BLOCK_N)
+    start, step, count = OWNS(tile, len_n, numbers, BLOCK_N)
     lane_m, lane_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    n, in_n = start + lane_n * step, lane_n < count
-    last = start + (tl.minimum(count, BLOCK_N) - 1) * step
-    stored = in_n
+    j, in_n = start + lane_n * step, lane_n < count
+    n, stored = j, in_n
+    if positions_ptr is not None:
+        n, in_n = standing_for(positions_ptr, positions_strides, batch, g, j, in_n)
+        first, last = tl.min(n), tl.max(n)
+    else:
+        first, last = start, start + (tl.minimum(count, BLOCK_N) - 1) * step
     if PADDING:
         in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
-    k = load_rows(k_ptr + batch * k_strides[0] + g * k_strides[1], n, in_n, k_strides[2], k_strides[3], D, BLOCK_D, True)
-    v = load_rows(v_ptr + batch * v_strides[0] + g * v_strides[1], n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, True)
+    k = load_rows(k_ptr + batch * k_strides[0] + g * k_strides[1], j, in_n, k_strides[2], k_strides[3], D, BLOCK_D, True)
+    v = load_rows(v_ptr + batch * v_strides[0] + g * v_strides[1], j, in_n, v_strides[2], v_strides[3], E, BLOCK_E, True)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     q_base = q_ptr + batch * q_strides[0]
     grad_base = grad_ptr + batch * grad_strides[0]
     for i in tl.static_range(len(EDGES)):
-        run, stride, length = VISITS(i, start, last, len_m, len_n, numbers, BLOCK_M)
+        run, stride, length = RUNS(i, first, last, len_m, len_n, numbers, BLOCK_M)
         # one loop over heads and tiles: a nested one costs a quarter of the registers
         steps = tl.cdiv(length, BLOCK_M)
         for turn in tl.range(0, group * steps):
@@ -240,17 +268,29 @@ def backward_key_kernel(
             if MASK != NO_MASK:
                 mask_base += batch * mask_strides[0] + h * mask_strides[1]
             score = hide(
-                score, m[None, :], n[:, None], in_m[None, :], in_n[:, None], mask_base, mask_strides, numbers, KEEP, EDGES[i], PADDING, MASK
+                score,
+                m[None, :],
+                n[:, None],
+                in_m[None, :],
+                in_n[:, None],
+                mask_base,
+                mask_strides,
+                numbers,
+                i,
+                KEEP,
+                EDGES[i],
+                PADDING or positions_ptr is not None,
+                MASK,
             )
             p = power(score - lse[None, :], MASK)
             dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             if DROPOUT:
-                keep = tl.trans(kept(seed, head, m[:, None], start, threshold, BLOCK_N))
+                keep = tl.trans(kept(seed, head, m[:, None], n[None, :], start, threshold, FOURS))
                 dp = tl.where(keep, dp * rescale, 0.0)
                 dv = tl.dot(tl.where(keep, p * rescale, 0.0).to(grad.dtype), grad, dv, input_precision=PRECISION)
             else:
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    store_rows(dk_ptr + batch * dk_strides[0] + g * dk_strides[1], n, stored, dk_strides[2], dk_strides[3], dk * natural_scale, D, BLOCK_D)
-    store_rows(dv_ptr + batch * dv_strides[0] + g * dv_strides[1], n, stored, dv_strides[2], dv_strides[3], dv, E, BLOCK_E)
+    store_rows(dk_ptr + batch * dk_strides[0] + g * dk_strides[1], j, stored, dk_strides[2], dk_strides[3], dk * natural_scale, D, BLOCK_D)
+    store_rows(dv_ptr + batch * dv_strides[0] + g * dv_strides[1], j, stored, dv_strides[2], dv_strides[3], dv, E, BLOCK_E)

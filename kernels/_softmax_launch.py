@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ import triton
 from torch import Tensor
 
 from triton_attn import device
-from triton_attn.kernels import _dropout, _softmax, _softmax_backward
+from triton_attn.kernels import _dropout, _softmax, _softmax_backward, _softmax_walks
+from triton_attn.kernels._softmax_riders import Extras, constants, key_of, padded, riders, score_scale
+from triton_attn.kernels._softmax_walks import Pattern, Walk
 from triton_attn.reference._dropout import rescale, threshold
-from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key, Space, Tile, find
+from triton_attn.tiles import Space, Tile, find
 
-MODULES = (_softmax, _softmax_backward, _dropout)
+MODULES = (_softmax, _softmax_backward, _softmax_walks, _dropout)
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "forward", "backward_query", "backward_key"
 
 
@@ -24,46 +25,7 @@ class GridError(ValueError):
     """More programs than one launch can have."""
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Who owns and visits what; see `_softmax`. `tiles(length, block)` counts programs per head, for queries and for keys."""
-
-    rows: Any
-    runs: Any
-    edges: tuple[bool, ...]
-    columns: Any
-    visits: Any
-    visit_edges: tuple[bool, ...]
-    keep: Any = None
-    numbers: tuple[int, ...] = (0,)
-    tiles: Callable[[int, int], int] = triton.cdiv
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What may ride along with a call: masks already checked, scale and dropout already chosen."""
-
-    mask: Tensor | None
-    key_padding_mask: Tensor | None
-    scale: float
-    dropout_p: float
-    seed: Tensor | None
-
-    @property
-    def plain(self) -> bool:
-        return self.mask is None and self.key_padding_mask is None and self.dropout_p == 0.0
-
-
 Tiles = Tile | Mapping[str, Tile] | None
-
-
-def key(query: Tensor, value: Tensor, extras: Extras) -> Key:
-    """What this call's tiles depend on."""
-    width = max(WIDTHS[0], _padded(query.shape[-1]), _padded(value.shape[-1]))
-    if query.element_size() == 2:
-        return Key("16bit", width, extras.plain)
-    exact = torch.get_float32_matmul_precision() == "highest" or width > WIDEST_TF32
-    return Key("float32" if exact else "tf32", width, extras.plain)
 
 
 def forward(
@@ -75,7 +37,7 @@ def forward(
     value: Tensor,
     extras: Extras,
     tile: Tiles,
-    descriptors: bool,
+    descriptors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     (b, h, m), (g, n), e = query.shape[:3], key_.shape[1:3], value.shape[-1]
@@ -84,41 +46,42 @@ def forward(
     if out.numel() == 0:
         return out, lse
     chosen = chosen_tile(tile, FORWARD, spaces, name, query, value, extras)
-    tiles = pattern.tiles(m, chosen.block_m)
-    tensors, numbers = _riders(extras, b, h, m, n)
+    tensors, strides = riders(extras, b, h, m, n)
+    more, more_strides = _elsewhere(pattern)
     with device.guard(query):
         if descriptors:
             triton.set_allocator(_allocate)
-        _softmax.forward_kernel[_grid(tiles * b * h)](
-            query,
-            key_,
-            value,
-            *tensors,
-            out,
-            lse,
-            query.stride(),
-            key_.stride(),
-            value.stride(),
-            *numbers,
-            out.stride(),
-            h,
-            h // g,
-            tiles,
-            m,
-            n,
-            _score_scale(extras),
-            threshold(extras.dropout_p),
-            rescale(extras.dropout_p),
-            pattern.numbers,
-            ROWS=pattern.rows,
-            RUNS=pattern.runs,
-            KEEP=pattern.keep,
-            EDGES=pattern.edges,
-            DESCRIPTORS=descriptors,
-            WARP_SPECIALIZE=chosen.warp_specialize,
-            **_constants(query, value, extras),
-            **_launch(chosen),
-        )
+        for walk in pattern.queries:
+            tiles = walk.tiles(m, chosen.block_m)
+            _softmax.forward_kernel[_grid(tiles * b * h)](
+                query,
+                key_,
+                value,
+                more,
+                *tensors,
+                out,
+                lse,
+                query.stride(),
+                key_.stride(),
+                value.stride(),
+                more_strides,
+                *strides,
+                out.stride(),
+                h,
+                h // g,
+                tiles,
+                m,
+                n,
+                score_scale(extras),
+                threshold(extras.dropout_p),
+                rescale(extras.dropout_p),
+                walk.numbers,
+                EXTRA=pattern.elsewhere is not None,
+                DESCRIPTORS=descriptors,
+                WARP_SPECIALIZE=chosen.warp_specialize,
+                **constants(walk, query, value, extras),
+                **_launch(chosen),
+            )
     return out, lse
 
 
@@ -133,26 +96,45 @@ def backward(
     out: Tensor,
     lse: Tensor,
     extras: Extras,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
     tile: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV); an empty tensor for what is not needed."""
-    (b, h, m), (g, n), e = query.shape[:3], key_.shape[1:3], value.shape[-1]
+) -> tuple[Tensor, ...]:
+    """(dQ, dK, dV), and of keys from elsewhere their dK and dV; an empty tensor for what is not needed."""
     grad_out, grad_lse = grads
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
+    delta = _delta(out, grad_out, grad_lse)
+    shared = (query, grad_out, lse, delta)
     nothing = query.new_empty(0)
-    dq = torch.empty(query.shape, dtype=query.dtype, device=query.device) if needs[0] else nothing
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key_, value)) if needs[1] or needs[2] else (nothing, nothing)
-    delta = torch.empty_like(lse)
-    tensors, numbers = _riders(extras, b, h, m, n)
-    constants = _constants(query, value, extras)
-    scalars = (_score_scale(extras), extras.scale, threshold(extras.dropout_p), rescale(extras.dropout_p), pattern.numbers)
-    strides = (query.stride(), key_.stride(), value.stride(), *numbers, grad_out.stride())
-    with device.guard(query):
-        if delta.numel():
-            tiles = triton.cdiv(m, 64)
-            lse_strides = grad_lse.stride() if grad_lse is not None else (0, 0, 0)
+    dq, gradients = nothing, [nothing] * (len(needs) - 1)
+    if needs[0]:
+        dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if dq.numel():
+            _query_gradient(pattern, spaces, name, *shared, key_, value, dq, extras, tile)
+    sources: list[tuple[Tensor, Tensor, Tensor | None, Walk, Extras]] = [(key_, value, None, pattern.keys, extras)]
+    if pattern.elsewhere is not None:
+        more = pattern.elsewhere
+        # their padding is in their positions
+        sources.append((more.key, more.value, more.positions, more.walk, replace(extras, key_padding_mask=None)))
+    for turn, (k, v, positions, walk, carried) in enumerate(sources):
+        wanted = needs[1 + 2 * turn : 3 + 2 * turn]
+        if not any(wanted):
+            continue
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        if dk.numel():
+            chosen = chosen_tile(tile, BACKWARD_KEY, spaces, name, query, value, extras)
+            _key_gradients(walk, chosen, *shared, k, v, positions, dk, dv, carried)
+        gradients[2 * turn : 2 * turn + 2] = [x if want else nothing for x, want in zip((dk, dv), wanted, strict=True)]
+    return dq, *gradients
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """rowsum(out dout) - dlse."""
+    (b, h, m), e = out.shape[:3], out.shape[-1]
+    delta = torch.empty((b, h, m), dtype=torch.float32, device=out.device)
+    if delta.numel():
+        tiles = triton.cdiv(m, 64)
+        with device.guard(out):
             _softmax_backward.delta_kernel[_grid(tiles * b * h)](
                 out,
                 grad_out,
@@ -160,75 +142,132 @@ def backward(
                 delta,
                 out.stride(),
                 grad_out.stride(),
-                lse_strides,
+                grad_lse.stride() if grad_lse is not None else (0, 0, 0),
                 h,
                 tiles,
                 m,
                 E=e,
-                BLOCK_E=_padded(e),
+                BLOCK_E=padded(e),
                 BLOCK_M=64,
                 enable_fp_fusion=True,
             )
-        if dq.numel():
-            chosen = chosen_tile(tile, BACKWARD_QUERY, spaces, name, query, value, extras)
-            tiles = pattern.tiles(m, chosen.block_m)
+    return delta
+
+
+def _query_gradient(
+    pattern: Pattern,
+    spaces: Mapping[str, Space],
+    name: str,
+    query: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    key_: Tensor,
+    value: Tensor,
+    dq: Tensor,
+    extras: Extras,
+    tile: Tiles,
+) -> None:
+    (b, h, m), (g, n) = query.shape[:3], key_.shape[1:3]
+    chosen = chosen_tile(tile, BACKWARD_QUERY, spaces, name, query, value, extras)
+    tensors, strides = riders(extras, b, h, m, n)
+    more, more_strides = _elsewhere(pattern)
+    with device.guard(query):
+        for walk in pattern.queries:
+            tiles = walk.tiles(m, chosen.block_m)
             _softmax_backward.backward_query_kernel[_grid(tiles * b * h)](
                 query,
                 key_,
                 value,
+                more,
                 *tensors,
                 grad_out,
                 lse,
                 delta,
                 dq,
+                query.stride(),
+                key_.stride(),
+                value.stride(),
+                more_strides,
                 *strides,
+                grad_out.stride(),
                 dq.stride(),
                 h,
                 h // g,
                 tiles,
                 m,
                 n,
-                *scalars,
-                ROWS=pattern.rows,
-                RUNS=pattern.runs,
-                KEEP=pattern.keep,
-                EDGES=pattern.edges,
-                **constants,
+                score_scale(extras),
+                extras.scale,
+                threshold(extras.dropout_p),
+                rescale(extras.dropout_p),
+                walk.numbers,
+                EXTRA=pattern.elsewhere is not None,
+                **constants(walk, query, value, extras),
                 **_launch(chosen),
             )
-        if dk.numel():
-            chosen = chosen_tile(tile, BACKWARD_KEY, spaces, name, query, value, extras)
-            tiles = pattern.tiles(n, chosen.block_n)
-            mask, padding, _, seed = tensors
-            _softmax_backward.backward_key_kernel[_grid(tiles * b * g)](
-                query,
-                key_,
-                value,
-                mask,
-                padding,
-                seed,
-                grad_out,
-                lse,
-                delta,
-                dk,
-                dv,
-                *strides,
-                dk.stride(),
-                dv.stride(),
-                h,
-                h // g,
-                tiles,
-                m,
-                n,
-                *scalars,
-                COLUMNS=pattern.columns,
-                VISITS=pattern.visits,
-                KEEP=pattern.keep,
-                EDGES=pattern.visit_edges,
-                **constants,
-                **_launch(chosen),
-            )
-    return dq, dk if needs[1] else nothing, dv if needs[2] else nothing
+
+
+def _key_gradients(
+    walk: Walk,
+    chosen: Tile,
+    query: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    key_: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+    dk: Tensor,
+    dv: Tensor,
+    extras: Extras,
+) -> None:
+    (b, h, m), (g, n) = query.shape[:3], key_.shape[1:3]
+    (mask, padding, _, seed), strides = riders(extras, b, h, m, n)
+    tiles = walk.tiles(n, chosen.block_n)
+    with device.guard(query):
+        _softmax_backward.backward_key_kernel[_grid(tiles * b * g)](
+            query,
+            key_,
+            value,
+            positions,
+            mask,
+            padding,
+            seed,
+            grad_out,
+            lse,
+            delta,
+            dk,
+            dv,
+            query.stride(),
+            key_.stride(),
+            value.stride(),
+            positions.stride() if positions is not None else (0, 0, 0),
+            *strides,
+            grad_out.stride(),
+            dk.stride(),
+            dv.stride(),
+            h,
+            h // g,
+            tiles,
+            m,
+            n,
+            score_scale(extras),
+            extras.scale,
+            threshold(extras.dropout_p),
+            rescale(extras.dropout_p),
+            walk.numbers,
+            **constants(walk, query, value, extras),
+            **_launch(chosen),
+        )
+
+
+def _elsewhere(pattern: Pattern) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, ...], ...]]:
+    """(key, value, positions) from elsewhere and their strides; None and zeros where there are none."""
+    more = pattern.elsewhere
+    if more is None:
+        return (None, None, None), ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0))
+    return (more.key, more.value, more.positions), (more.key.stride(), more.value.stride(), more.positions.stride())
 
 
 def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, query: Tensor, value: Tensor, extras: Extras) -> Tile:
@@ -237,40 +276,7 @@ def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str
         return tile
     if tile is not None and launch in tile:
         return tile[launch]
-    return find(f"{name}/{launch}", spaces[launch], key(query, value, extras), query)
-
-
-def _riders(extras: Extras, b: int, h: int, m: int, n: int) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, ...], ...]]:
-    """(mask, padding, end of the unpadded keys, seed) and the strides of the first two."""
-    mask, padding, end = extras.mask, extras.key_padding_mask, None
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    padding_strides: tuple[int, ...] = (0, 0)
-    if mask is not None:
-        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(b, h, m, n)
-        mask_strides = mask.stride()
-    if padding is not None and n:
-        # keys after the last visible one are never visited
-        places = torch.arange(1, n + 1, dtype=torch.int32, device=padding.device)
-        end = places.masked_fill(padding, 0).amax(1)
-        padding = padding.view(torch.uint8)
-        padding_strides = padding.stride()
-    else:
-        padding = None
-    return (mask, padding, end, extras.seed), (mask_strides, padding_strides)
-
-
-def _constants(query: Tensor, value: Tensor, extras: Extras) -> dict[str, Any]:
-    mask, d, e, n = extras.mask, query.shape[-1], value.shape[-1], value.shape[2]
-    return {
-        "MASK": _softmax.NO_MASK.value if mask is None else _softmax.BOOLEAN.value if mask.dtype == torch.bool else _softmax.ADDITIVE.value,
-        "PADDING": extras.key_padding_mask is not None and n > 0,
-        "DROPOUT": extras.dropout_p > 0.0,
-        "D": d,
-        "E": e,
-        "BLOCK_D": _padded(d),
-        "BLOCK_E": _padded(e),
-        "PRECISION": "tf32" if key(query, value, extras).operands == "tf32" else "ieee",
-    }
+    return find(f"{name}/{launch}", spaces[launch], key_of(query, value, extras), query)
 
 
 def _launch(tile: Tile) -> dict[str, Any]:
@@ -281,15 +287,6 @@ def _launch(tile: Tile) -> dict[str, Any]:
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-
-
-def _score_scale(extras: Extras) -> float:
-    additive = extras.mask is not None and extras.mask.dtype != torch.bool
-    return extras.scale if additive else extras.scale * math.log2(math.e)
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
 
 
 def _grid(programs: int) -> tuple[int]:

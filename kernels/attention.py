@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,39 +13,13 @@ from torch import Tensor
 
 from triton_attn.kernels import _softmax_launch as softmax
 from triton_attn.kernels import _softmax_tiles
+from triton_attn.kernels._softmax_riders import Extras, key_of
+from triton_attn.kernels._softmax_walks import Pattern, Walk, all_visits, consecutive, full_runs, one_run
 from triton_attn.tiles import Key
 
 
 @triton.jit
-def consecutive(tile, length, numbers, BLOCK: tl.constexpr):
-    """Rows tile * BLOCK, tile * BLOCK + 1, ..."""
-    return tile * BLOCK, 1, length - tile * BLOCK
-
-
-@triton.jit
-def full_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
-    """Full tiles of keys, then the ragged rest."""
-    whole = len_n // BLOCK * BLOCK
-    if i == 0:
-        return 0, 1, whole
-    else:
-        return whole, 1, len_n - whole
-
-
-@triton.jit
-def one_run(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
-    """All keys as one run: the form that warp specialisation accepts."""
-    return 0, 1, len_n
-
-
-@triton.jit
-def all_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
-    """All queries as one run."""
-    return 0, 1, len_m
-
-
-@triton.jit
-def causal_keep(m, n, numbers):
+def causal_keep(i: tl.constexpr, m, n, numbers):
     """numbers[0] = how far the diagonal is shifted: 0 from the top left, Nk - Nq from the bottom right."""
     return n <= m + numbers[0]
 
@@ -76,15 +50,18 @@ def causal_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl
 POINTERS, DESCRIPTORS = "attention/pointers", "attention/descriptors"
 SPACES = _softmax_tiles.by_pointers(sys.modules[__name__])
 DESCRIPTOR_SPACES = _softmax_tiles.by_descriptors(sys.modules[__name__])
-FULL = softmax.Pattern(consecutive, full_runs, (False, True), consecutive, all_visits, (False,))
-CAUSAL = softmax.Pattern(consecutive, causal_runs, (False, True), consecutive, causal_visits, (True, False), causal_keep)
+FULL = Pattern((Walk(consecutive, full_runs, (False, True)),), Walk(consecutive, all_visits, (False,)))
 
 
-def pattern(query: Tensor, key: Tensor, causal: bool | str) -> softmax.Pattern:
+def pattern(query: Tensor, key: Tensor, causal: bool | str) -> Pattern:
     """The pattern of a call."""
     if not causal:
         return FULL
-    return replace(CAUSAL, numbers=(key.shape[2] - query.shape[2] if causal == "bottom_right" else 0,))
+    numbers = (key.shape[2] - query.shape[2] if causal == "bottom_right" else 0,)
+    return Pattern(
+        (Walk(consecutive, causal_runs, (False, True), causal_keep, numbers),),
+        Walk(consecutive, causal_visits, (True, False), causal_keep, numbers),
+    )
 
 
 def attention(
@@ -103,7 +80,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by pointers and asynchronous copies: sm_80 and up."""
     extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
-    out, lse = softmax.forward(pattern(query, key, causal), SPACES, POINTERS, query, key, value, extras, tile, descriptors=False)
+    out, lse = softmax.forward(pattern(query, key, causal), SPACES, POINTERS, query, key, value, extras, tile)
     return (out, lse) if return_lse else out
 
 
@@ -128,7 +105,7 @@ def attention_by_descriptors(
     if chosen.warp_specialize and causal:
         chosen = replace(chosen, warp_specialize=False)  # the compiler specialises a single loop only
     elif chosen.warp_specialize:
-        walk = replace(walk, runs=one_run, edges=(True,))
+        walk = replace(walk, queries=(replace(walk.queries[0], runs=one_run, edges=(True,)),))
     out, lse = softmax.forward(walk, DESCRIPTOR_SPACES, DESCRIPTORS, query, key, value, extras, chosen, descriptors=True)
     return (out, lse) if return_lse else out
 
@@ -148,9 +125,9 @@ def attention_backward(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: Sequence[bool] = (True, True, True),
     tile: softmax.Tiles = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(dQ, dK, dV) from the saved out and lse."""
     extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
     grads = (grad_out, grad_lse)
@@ -160,10 +137,10 @@ def attention_backward(
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
     """What the tiles of a call depend on."""
     extras = _extras(tensors["query"], tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None)
-    return softmax.key(tensors["query"], tensors["value"], extras)
+    return key_of(tensors["query"], tensors["value"], extras)
 
 
 def _extras(
     query: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, scale: float | None, dropout_p: float, seed: Tensor | None
-) -> softmax.Extras:
-    return softmax.Extras(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)
+) -> Extras:
+    return Extras(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from triton_attn import CATALOG, device, tiles
-from triton_attn.mechanism import Kernel, Launch, Mechanism
+from triton_attn.mechanism import Case, Kernel, Launch, Mechanism
+from triton_attn.testing import inputs
 from triton_attn.tiles import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -401,32 +402,35 @@ def test_the_docs_and_the_docstring_name_every_argument(row: Mechanism) -> None:
     assert re.findall(r"^    (\w+):", arguments, re.MULTILINE) == list(inspect.signature(row.function).parameters)
 
 
-def visible(row: Mechanism) -> Callable[..., torch.Tensor] | None:
-    """The reference's visibility mask, where the row's pairs are counted by alignment alone."""
-    found = getattr(inspect.getmodule(row.reference), "visible", None)
-    return found if found and list(inspect.signature(found).parameters) == ["scores", "mask", "key_padding_mask", "causal"] else None
+SOFTMAX = [pytest.param(row, id=row.name) for row in CATALOG.values() if "lse" in row.outputs]
 
 
-SOFTMAX = {name: row for name, row in CATALOG.items() if visible(row)}
-
-
-def test_dense_attention_is_among_the_rows_whose_pairs_are_counted() -> None:
-    assert "attention" in SOFTMAX
-
-
-@pytest.mark.parametrize("row", SOFTMAX.values(), ids=SOFTMAX.keys())
-@pytest.mark.parametrize("causal", [False, True, "", "top_left", "bottom_right"], ids=repr)
-def test_the_work_model_counts_the_pairs_that_the_reference_sees(row: Mechanism, causal: bool | str) -> None:
-    count = visible(row)
-    assert count is not None
-    for m, n in itertools.product((0, 1, 2, 5, 8), repeat=2):
-        if causal is True and m != n:
+@pytest.mark.parametrize("row", SOFTMAX)
+def test_the_work_model_counts_the_pairs_that_the_reference_sees(row: Mechanism) -> None:
+    for case in row.cases:
+        if any(name == "dropout_p" or (name in row.inputs and row.inputs[name].kind in ("mask", "padding")) for name in case.options):
             continue
-        for b, h, g, d, e in ((1, 1, 1, 1, 1), (2, 6, 2, 3, 5), (0, 2, 2, 4, 4)):
-            pairs = int(count(torch.zeros(b, h, m, n), None, None, causal).sum())
-            work = row.work({"b": b, "h": h, "g": g, "m": m, "n": n, "d": d, "e": e}, {"causal": causal}, 2)
-            assert work.flops == 2 * (d + e) * pairs
-            assert work.exponentials == pairs
+        lengths = [axis for axis in case.sizes if axis not in "bhgde"]
+        for drawn in itertools.product((0, 1, 2, 5, 8), repeat=len(lengths)):
+            sizes = {**case.sizes, **dict(zip(lengths, drawn, strict=True)), "d": 3}
+            if row.equal_lengths(case.options):
+                sizes["n"] = sizes["m"]
+            pairs = pairs_seen(row, Case(case.name, sizes, case.options))
+            work = row.work(sizes, case.options, 2)
+            assert work.flops == 2 * (sizes["d"] + sizes["e"]) * pairs, sizes
+            assert work.exponentials == pairs, sizes
+
+
+def pairs_seen(row: Mechanism, case: Case) -> int:
+    """With equal scores and values that are the identity, outputs are positive where a key is seen."""
+    tensors, options = inputs.draw(row, case)
+    tensors["query"] = torch.zeros_like(tensors["query"])  # type: ignore[arg-type]
+    values = [name for name, given in row.inputs.items() if given.axes.endswith(" e") and tensors[name] is not None]
+    shapes = [inputs.shape(row.inputs[name].axes, case.sizes) for name in values]
+    every = torch.eye(sum(length for _, _, length, _ in shapes))
+    for name, (b, g, length, _) in zip(values, shapes, strict=True):
+        tensors[name], every = every[:length].expand(b, g, length, -1), every[length:]
+    return int((row.reference(**tensors, **options) > 0).sum())
 
 
 @pytest.mark.parametrize(("kernel", "launch"), list(launches()))

@@ -32,7 +32,7 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[st
     cast, dtype = None, torch.float32
     for name, given in row.inputs.items():
         tensor = tensors[name]
-        if given.kind != "values":
+        if given.kind != "values" or (given.optional and tensor is None):
             continue
         _require_dense(row.name, name, tensor)
         assert tensor is not None
@@ -49,9 +49,10 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[st
         _fit(row.name, name, given, tensor, sizes)
     for name, given in row.inputs.items():
         tensor = tensors[name]
-        if tensor is None or given.kind == "values" or first is None:
+        if given.kind == "values" or (tensor is None and not given.required) or first is None:
             continue
         _require_dense(row.name, name, tensor)
+        assert tensor is not None
         _same_device(row.name, name, tensor, first)
         if given.kind == "mask":
             _broadcastable(row.name, name, given, tensor, sizes)
@@ -62,6 +63,10 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[st
             _fit(row.name, name, given, tensor, sizes)
             if tensor.dtype != torch.bool:
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: torch.bool (True = ignore)")
+        elif given.kind == "index":
+            _fit(row.name, name, given, tensor, sizes)
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: torch.int32, torch.int64")
     return sizes
 
 

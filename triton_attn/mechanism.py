@@ -18,15 +18,17 @@ Tensors = Mapping[str, Any]  # name -> torch.Tensor or None; `Any`, because this
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor argument: its axes, and what its values are."""
+    """A tensor argument: its axes, and what its values are. Masks, padding, seeds and what is `optional` may be absent."""
 
     axes: str
-    kind: Literal["values", "mask", "padding", "seed"] = "values"
+    kind: Literal["values", "mask", "padding", "index", "seed"] = "values"
     differentiable: bool = False
+    optional: bool = False
+    into: str = ""  # the axis that an index points into
 
     @property
     def required(self) -> bool:
-        return self.kind == "values"
+        return self.kind in ("values", "index") and not self.optional
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,16 @@ class Law(Enum):
     PADDING_CHANGES_NOTHING = "appended keys that are masked change no bit"
     KEY_ORDER_CHANGES_NOTHING = "permuting keys and values together changes nothing"
     BATCH_CHANGES_NOTHING = "an item alone gives the bits it gives in a batch"
+    REDUCES_TO_ATTENTION = "with the arguments that leave nothing out it is dense attention"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """When a mechanism is dense attention: the arguments to change, given those of a call, and dense attention by its definition."""
+
+    arguments: Callable[[Tensors, Options], Mapping[str, Any]]
+    equals: Callable[..., Any]
+    dense: tuple[str, ...] = ("query", "key", "value", "key_padding_mask", "causal", "scale")
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,8 @@ class Mechanism:
     workloads: Mapping[str, tuple[Case, ...]]  # by device type: what bench runs
     peers: Mapping[str, Callable[..., Any]]
     laws: tuple[Law, ...] = ()
+    equal_lengths: Callable[[Options], bool] = lambda options: options.get("causal") is True  # whether m must be n
+    reduction: Reduction | None = None
 
     @property
     def differentiable(self) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ class Operator:
                 # Dynamo would run the forward operator alone, and its derivative would be lost
                 torch._dynamo.graph_break(msg="torch.func around an autograd function")
             return self.transformable.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
-        if not (torch.is_grad_enabled() and any(tensors[name].requires_grad for name in self.row.differentiable)):
+        if not (torch.is_grad_enabled() and any(_requires_grad(tensors[name]) for name in self.row.differentiable)):
             return self.forward(*args)  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
             # Dynamo refuses one tensor in two places
@@ -144,8 +144,9 @@ class Operator:
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         _, tensors, _, _, needs = self._split_backward(args)
+        like = next(iter(tensors.values()))
         return tuple(
-            tensors[name].new_empty(tensors[name].shape if need else (0,))
+            tensors[name].new_empty(tensors[name].shape) if need else like.new_empty(0)
             for name, need in zip(self.row.differentiable, needs, strict=True)
         )
 
@@ -244,6 +245,10 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
             return gradients(ctx, *grads)
 
     return Eager, Transformable
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def _transforming() -> bool:

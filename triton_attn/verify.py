@@ -95,11 +95,13 @@ def differentiable_run(row: Mechanism, function: Callable[..., Any]) -> Run:
     def run(
         tensors: Mapping[str, Any], options: Mapping[str, Any], grads: Sequence[Tensor | None]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        leaves = {name: tensors[name].detach().requires_grad_() for name in row.differentiable}
+        given = [name for name in row.differentiable if tensors[name] is not None]
+        leaves = {name: tensors[name].detach().requires_grad_() for name in given}
         outputs = function(**{**tensors, **leaves}, **options, **{row.more: True})
-        given = [grad for grad in grads if grad is not None]
         wanted = [output for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-        return outputs, torch.autograd.grad(wanted, list(leaves.values()), given)
+        gradients = torch.autograd.grad(wanted, list(leaves.values()), [x for x in grads if x is not None], materialize_grads=True)
+        found = dict(zip(given, gradients, strict=True))
+        return outputs, [found.get(name, torch.empty(0)) for name in row.differentiable]
 
     return run
 
@@ -140,7 +142,7 @@ class Expected:
 
     def judge(self, run: Run, *, tf32: bool = False, borrowed: bool = False) -> list[numerics.Comparison]:
         """Run the call and compare outputs and gradients."""
-        found = _by_name(self.row, *run(self.tensors, self.options, self.grads))
+        found = _by_name(self.row, self.tensors, *run(self.tensors, self.options, self.grads))
         return [
             numerics.compare(
                 name,
@@ -178,15 +180,17 @@ def expect(
         drawn = torch.randn(inputs.shape(given.axes, sizes), generator=generator).to(kind)
         grads.append(inputs.laid_out(drawn, layout).to(first.device))
     reference = differentiable_run(row, row.reference)
-    truth = _by_name(row, *reference(wide, options, [grad.double() for grad in grads]))
-    naive = _by_name(row, *reference(tensors, options, grads)) if statistical else {}
+    truth = _by_name(row, tensors, *reference(wide, options, [grad.double() for grad in grads]))
+    naive = _by_name(row, tensors, *reference(tensors, options, grads)) if statistical else {}
     size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
     return Expected(row, tensors, options, grads, dtype, truth, naive, size)
 
 
-def _by_name(row: Mechanism, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+def _by_name(row: Mechanism, tensors: Mapping[str, Any], outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
     named = dict(zip(row.outputs, outputs, strict=True))
-    return {**named, **{f"grad {name}": x for name, x in zip(row.differentiable, gradients, strict=True)}}
+    # what is absent has no gradient
+    present = [(name, x) for name, x in zip(row.differentiable, gradients, strict=True) if tensors[name] is not None]
+    return {**named, **{f"grad {name}": x for name, x in present}}
 
 
 def _dtypes(where: torch.device) -> tuple[torch.dtype, ...]:

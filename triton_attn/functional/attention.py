@@ -197,5 +197,5 @@ ROW = Mechanism(
         ),
     },
     peers={"torch SDPA": _sdpa},
-    laws=tuple(Law),
+    laws=tuple(law for law in Law if law is not Law.REDUCES_TO_ATTENTION),
 )

@@ -43,6 +43,8 @@ def draw(
             tensors[name] = laid_out((torch.randn(size, generator=generator) * spread).to(dtype), layout).to(device)
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
+        elif given.kind == "index":
+            tensors[name] = _indices(size, case.sizes[given.into], generator).to(device)
         else:
             mask = MASKS[how](size, generator)
             tensors[name] = (laid_out(mask, FAR) if layout == FAR else mask).to(device)
@@ -52,7 +54,7 @@ def draw(
 def meta(row: Mechanism, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
     """The same without storage, for the compiler. Nothing is drawn, so sizes may be large."""
     wanted, options = _wanted(row, case)
-    dtypes = {"values": dtype, "seed": torch.int64, "padding": torch.bool}
+    dtypes = {"values": dtype, "seed": torch.int64, "index": torch.int64, "padding": torch.bool}
     tensors: dict[str, Tensor | None] = {}
     for name, given, how, size in wanted:
         kind = dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
@@ -121,6 +123,11 @@ def _additive(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(size, generator=generator) < 0.4
+
+
+def _indices(size: tuple[int, ...], length: int, generator: torch.Generator) -> Tensor:
+    """Positions below a length, in any order and some of them twice."""
+    return torch.randint(length, size, generator=generator) if length else torch.zeros(*size[:-1], 0, dtype=torch.int64)
 
 
 def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:

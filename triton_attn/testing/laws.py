@@ -23,7 +23,9 @@ def check(row: Mechanism, law: Law, call: Call, case: Case, *, seed: int = 0, ex
 def _rows_sum_to_one(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
     if options.get("dropout_p"):
         return  # true on average only
-    tensors["value"] = torch.ones_like(tensors["value"])
+    for name, given in row.inputs.items():
+        if given.axes.endswith(" e") and tensors[name] is not None:
+            tensors[name] = torch.ones_like(tensors[name])
     out, lse = call(**tensors, **options, **{row.more: True})
     seen = (lse > -torch.inf)[..., None].expand(out.shape)
     _assert_close(row, tensors, options, out, seen.to(out.dtype))
@@ -45,14 +47,17 @@ def _future_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any],
 
 def _padding_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
     batch, _, n = tensors["key"].shape[:3]
-    if tensors["mask"] is not None or options.get("causal"):
+    if tensors.get("mask") is not None or options.get("causal"):
         return  # a mask or an alignment to the last key would have to grow with the keys
     given = tensors["key_padding_mask"]
     before = torch.zeros(batch, n, dtype=torch.bool) if given is None else given
     grown = {name: torch.cat((tensors[name], torch.full_like(tensors[name][:, :, :7], torch.nan)), 2) for name in ("key", "value")}
-    after = torch.cat((before, torch.ones(batch, grown["key"].shape[2] - n, dtype=torch.bool)), 1)
+    added = grown["key"].shape[2] - n
+    after = torch.cat((before, torch.ones(batch, added, dtype=torch.bool)), 1)
+    if row.inputs["query"].axes.split()[2] == row.inputs["key"].axes.split()[2] or row.equal_lengths(options):
+        grown["query"] = torch.cat((tensors["query"], tensors["query"][:, :, :added]), 2)
     alone = call(**{**tensors, "key_padding_mask": before}, **options)
-    padded = call(**{**tensors, **grown, "key_padding_mask": after}, **options)
+    padded = call(**{**tensors, **grown, "key_padding_mask": after}, **options)[:, :, : alone.shape[2]]
     if exact:
         assert torch.equal(alone, padded), "keys that are masked changed an output"
     else:
@@ -64,7 +69,7 @@ def _key_order_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, An
         return  # both go by position
     order = torch.randperm(tensors["key"].shape[2], generator=torch.Generator().manual_seed(1))
     moved = {name: tensors[name][:, :, order] for name in ("key", "value")}
-    if tensors["mask"] is not None:
+    if tensors.get("mask") is not None:
         moved["mask"] = tensors["mask"][..., order]
     if tensors["key_padding_mask"] is not None:
         moved["key_padding_mask"] = tensors["key_padding_mask"][:, order]
@@ -87,12 +92,24 @@ def _batch_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], 
         _assert_close(row, picked, options, alone, together)
 
 
+def _reduces_to_attention(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    assert row.reduction is not None
+    if options.get("dropout_p"):
+        return  # each call draws its own
+    arguments = {**tensors, **options, **row.reduction.arguments(tensors, options)}
+    wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+    truth = row.reduction.equals(**{name: wide[name] for name in row.reduction.dense if name in wide})
+    changed = {name: arguments[name] for name in tensors}
+    _assert_close(row, changed, {name: arguments[name] for name in arguments if name not in tensors}, call(**arguments), truth)
+
+
 _CHECKS: Mapping[Law, Callable[[Mechanism, Call, dict[str, Any], dict[str, Any], bool], None]] = {
     Law.ROWS_SUM_TO_ONE: _rows_sum_to_one,
     Law.FUTURE_CHANGES_NOTHING: _future_changes_nothing,
     Law.PADDING_CHANGES_NOTHING: _padding_changes_nothing,
     Law.KEY_ORDER_CHANGES_NOTHING: _key_order_changes_nothing,
     Law.BATCH_CHANGES_NOTHING: _batch_changes_nothing,
+    Law.REDUCES_TO_ATTENTION: _reduces_to_attention,
 }
 
 

@@ -36,15 +36,8 @@ def cases(draw: st.DrawFn, row: Mechanism) -> Case:
     """A case with the options of one of the row's own, and other sizes."""
     template = draw(st.sampled_from(row.cases))
     groups, members = draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    sizes = {
-        "b": draw(st.integers(1, 2)),
-        "h": groups * members,
-        "g": groups,
-        "m": draw(lengths),
-        "n": draw(lengths),
-        "d": draw(widths),
-        "e": draw(widths),
-    }
-    if template.options.get("causal") is True:
+    few = {"b": st.integers(1, 2), "h": st.just(groups * members), "g": st.just(groups), "d": widths, "e": widths}
+    sizes = {axis: draw(few.get(axis, lengths)) for axis in template.sizes}
+    if row.equal_lengths(template.options):
         sizes["n"] = sizes["m"]
-    return replace(template, sizes={axis: sizes[axis] for axis in template.sizes})
+    return replace(template, sizes=sizes)

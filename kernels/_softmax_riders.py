@@ -1,0 +1,86 @@
+"""What rides along with a call of the softmax loop, whatever its pattern: masks, padding, scale, dropout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_attn.kernels import _softmax
+from triton_attn.kernels._softmax_walks import Walk
+from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What may ride along with a call: masks already checked, scale and dropout already chosen."""
+
+    mask: Tensor | None
+    key_padding_mask: Tensor | None
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        return self.mask is None and self.key_padding_mask is None and self.dropout_p == 0.0
+
+
+def key_of(query: Tensor, value: Tensor, extras: Extras) -> Key:
+    """What this call's tiles depend on."""
+    width = max(WIDTHS[0], padded(query.shape[-1]), padded(value.shape[-1]))
+    if query.element_size() == 2:
+        return Key("16bit", width, extras.plain)
+    exact = torch.get_float32_matmul_precision() == "highest" or width > WIDEST_TF32
+    return Key("float32" if exact else "tf32", width, extras.plain)
+
+
+def riders(extras: Extras, b: int, h: int, m: int, n: int) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, ...], ...]]:
+    """(mask, padding, end of the unpadded keys, seed) and the strides of the first two."""
+    mask, padding, end = extras.mask, extras.key_padding_mask, None
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    padding_strides: tuple[int, ...] = (0, 0)
+    if mask is not None:
+        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(b, h, m, n)
+        mask_strides = mask.stride()
+    if padding is not None and n:
+        # keys after the last visible one are never visited
+        places = torch.arange(1, n + 1, dtype=torch.int32, device=padding.device)
+        end = places.masked_fill(padding, 0).amax(1)
+        padding = padding.view(torch.uint8)
+        padding_strides = padding.stride()
+    else:
+        padding = None
+    return (mask, padding, end, extras.seed), (mask_strides, padding_strides)
+
+
+def constants(walk: Walk, query: Tensor, value: Tensor, extras: Extras) -> dict[str, Any]:
+    mask, d, e, n = extras.mask, query.shape[-1], value.shape[-1], value.shape[2]
+    return {
+        "OWNS": walk.owns,
+        "RUNS": walk.runs,
+        "KEEP": walk.keep,
+        "EDGES": walk.edges,
+        "FOURS": walk.fours,
+        "MASK": _softmax.NO_MASK.value if mask is None else _softmax.BOOLEAN.value if mask.dtype == torch.bool else _softmax.ADDITIVE.value,
+        "PADDING": extras.key_padding_mask is not None and n > 0,
+        "DROPOUT": extras.dropout_p > 0.0,
+        "D": d,
+        "E": e,
+        "BLOCK_D": padded(d),
+        "BLOCK_E": padded(e),
+        "PRECISION": "tf32" if key_of(query, value, extras).operands == "tf32" else "ieee",
+    }
+
+
+def score_scale(extras: Extras) -> float:
+    additive = extras.mask is not None and extras.mask.dtype != torch.bool
+    return extras.scale if additive else extras.scale * math.log2(math.e)
+
+
+def padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))

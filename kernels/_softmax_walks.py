@@ -1,0 +1,74 @@
+"""Patterns of the softmax loop: who owns and visits what, and the walks that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Who owns and visits what; see `_softmax`. `tiles(length, block)` counts the programs of a head."""
+
+    owns: Any
+    runs: Any
+    edges: tuple[bool, ...]
+    keep: Any = None
+    numbers: tuple[int, ...] = (0,)
+    tiles: Callable[[int, int], int] = triton.cdiv
+    fours: bool = True  # keys are consecutive, and every run of them starts at a multiple of four
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Keys from elsewhere, which walks over queries visit first: row j stands for key `positions[..., j]`.
+
+    `walk` owns them and visits queries; positions (B, Hk, K) int32, `_softmax.NOWHERE` where a row is hidden.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    walk: Walk
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The walks over queries own each of them once; `keys` owns every key and visits queries."""
+
+    queries: tuple[Walk, ...]
+    keys: Walk
+    elsewhere: Elsewhere | None = None
+
+
+@triton.jit
+def consecutive(tile, length, numbers, BLOCK: tl.constexpr):
+    """Rows tile * BLOCK, tile * BLOCK + 1, ..."""
+    return tile * BLOCK, 1, length - tile * BLOCK
+
+
+@triton.jit
+def full_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """Full tiles of keys, then the ragged rest."""
+    whole = len_n // BLOCK * BLOCK
+    if i == 0:
+        return 0, 1, whole
+    else:
+        return whole, 1, len_n - whole
+
+
+@triton.jit
+def one_run(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """All keys as one run: the form that warp specialisation accepts."""
+    return 0, 1, len_n
+
+
+@triton.jit
+def all_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+    """All queries as one run."""
+    return 0, 1, len_m
