@@ -99,9 +99,9 @@ def standing_for(positions_ptr, positions_strides, batch, g, n, in_n):
 
 
 @triton.jit
-def not_padded(padding_ptr, padding_strides, batch, n, in_n):
+def not_padded(padding_ptr, padding_strides, batch, g, n, in_n):
     """Which of these keys the padding mask leaves."""
-    pointers = padding_ptr + batch * padding_strides[0] + n.to(tl.int64) * padding_strides[1]
+    pointers = padding_ptr + batch * padding_strides[0] + g * padding_strides[1] + n.to(tl.int64) * padding_strides[2]
     return in_n & (tl.load(pointers, mask=in_n, other=1) == 0)
 
 
@@ -211,7 +211,7 @@ def forward_kernel(
                 k, v, n, in_n = load_extra(extra_ptrs, extra_strides, batch, g, n, in_n, D, E, BLOCK_D, BLOCK_E)
             else:
                 if PADDING:
-                    in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
+                    in_n = not_padded(padding_ptr, padding_strides, batch, g, n, in_n)
                 if DESCRIPTORS:
                     k = k_rows.load([offset, 0])
                     v = v_rows.load([offset, 0])

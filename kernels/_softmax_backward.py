@@ -146,7 +146,7 @@ def backward_query_kernel(
                 k, v, n, in_n = load_extra(extra_ptrs, extra_strides, batch, g, n, in_n, D, E, BLOCK_D, BLOCK_E)
             else:
                 if PADDING:
-                    in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
+                    in_n = not_padded(padding_ptr, padding_strides, batch, g, n, in_n)
                 k = load_rows(k_base, n, in_n, k_strides[2], k_strides[3], D, BLOCK_D, EDGES[i] or PADDING)
                 v = load_rows(v_base, n, in_n, v_strides[2], v_strides[3], E, BLOCK_E, EDGES[i] or PADDING)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -213,6 +213,7 @@ def backward_key_kernel(
     KEEP: tl.constexpr,
     EDGES: tl.constexpr,
     FOURS: tl.constexpr,
+    SCATTER: tl.constexpr,
     MASK: tl.constexpr,
     PADDING: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -224,7 +225,7 @@ def backward_key_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK = scale dS^T Q and dV = P^T dO for one tile of keys, summed over the query heads that share them."""
+    """dK = scale dS^T Q and dV = P^T dO of a tile of keys, over the query heads that share them. SCATTER: stored where they stand."""
     shared = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     groups = heads // group
@@ -238,11 +239,13 @@ def backward_key_kernel(
     n, stored = j, in_n
     if positions_ptr is not None:
         n, in_n = standing_for(positions_ptr, positions_strides, batch, g, j, in_n)
-        first, last = tl.min(n), tl.max(n)
+        first, last = tl.min(tl.where(in_n, n, len_n)), tl.max(tl.where(in_n, n, -1))
+        if SCATTER:
+            stored = in_n
     else:
         first, last = start, start + (tl.minimum(count, BLOCK_N) - 1) * step
     if PADDING:
-        in_n = not_padded(padding_ptr, padding_strides, batch, n, in_n)
+        in_n = not_padded(padding_ptr, padding_strides, batch, g, n, in_n)
     k = load_rows(k_ptr + batch * k_strides[0] + g * k_strides[1], j, in_n, k_strides[2], k_strides[3], D, BLOCK_D, True)
     v = load_rows(v_ptr + batch * v_strides[0] + g * v_strides[1], j, in_n, v_strides[2], v_strides[3], E, BLOCK_E, True)
 
@@ -292,5 +295,8 @@ def backward_key_kernel(
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    store_rows(dk_ptr + batch * dk_strides[0] + g * dk_strides[1], j, stored, dk_strides[2], dk_strides[3], dk * natural_scale, D, BLOCK_D)
-    store_rows(dv_ptr + batch * dv_strides[0] + g * dv_strides[1], j, stored, dv_strides[2], dv_strides[3], dv, E, BLOCK_E)
+    row = n if SCATTER else j
+    store_rows(
+        dk_ptr + batch * dk_strides[0] + g * dk_strides[1], row, stored, dk_strides[2], dk_strides[3], dk * natural_scale, D, BLOCK_D
+    )
+    store_rows(dv_ptr + batch * dv_strides[0] + g * dv_strides[1], row, stored, dv_strides[2], dv_strides[3], dv, E, BLOCK_E)

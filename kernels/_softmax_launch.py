@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def forward(
     if out.numel() == 0:
         return out, lse
     chosen = chosen_tile(tile, FORWARD, spaces, name, query, value, extras)
-    tensors, strides = riders(extras, b, h, m, n)
+    tensors, strides = riders(extras, b, h, g, m, n)
     more, more_strides = _elsewhere(pattern)
     with device.guard(query):
         if descriptors:
@@ -107,25 +108,28 @@ def backward(
     shared = (query, grad_out, lse, delta)
     nothing = query.new_empty(0)
     dq, gradients = nothing, [nothing] * (len(needs) - 1)
+    more, tiled = pattern.elsewhere, partial(chosen_tile, tile, BACKWARD_KEY, spaces, name, query, value, extras)
+    beside = replace(extras, key_padding_mask=None)  # keys from elsewhere have their padding in their positions
     if needs[0]:
         dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if dq.numel():
             _query_gradient(pattern, spaces, name, *shared, key_, value, dq, extras, tile)
-    sources: list[tuple[Tensor, Tensor, Tensor | None, Walk, Extras]] = [(key_, value, None, pattern.keys, extras)]
-    if pattern.elsewhere is not None:
-        more = pattern.elsewhere
-        # their padding is in their positions
-        sources.append((more.key, more.value, more.positions, more.walk, replace(extras, key_padding_mask=None)))
-    for turn, (k, v, positions, walk, carried) in enumerate(sources):
-        wanted = needs[1 + 2 * turn : 3 + 2 * turn]
-        if not any(wanted):
-            continue
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        if dk.numel():
-            chosen = chosen_tile(tile, BACKWARD_KEY, spaces, name, query, value, extras)
-            _key_gradients(walk, chosen, *shared, k, v, positions, dk, dv, carried)
-        gradients[2 * turn : 2 * turn + 2] = [x if want else nothing for x, want in zip((dk, dv), wanted, strict=True)]
-    return dq, *gradients
+    if any(needs[1:3]):
+        dk, dv = _gradients_of(key_, value, written=pattern.keys is not None)
+        if pattern.keys is not None:
+            _key_gradients(pattern.keys, tiled, *shared, key_, value, None, dk, dv, extras)
+        if more is not None and more.copied:
+            _key_gradients(more.walk, tiled, *shared, more.key, more.value, more.positions, dk, dv, beside, scatter=True)
+        gradients[:2] = dk, dv
+    if more is not None and any(needs[3:5]):
+        gradients[2:4] = dk, dv = _gradients_of(more.key, more.value, written=True)
+        _key_gradients(more.walk, tiled, *shared, more.key, more.value, more.positions, dk, dv, beside)
+    return dq, *(x if need else nothing for x, need in zip(gradients, needs[1:], strict=True))
+
+
+def _gradients_of(key_: Tensor, value: Tensor, written: bool) -> tuple[Tensor, ...]:
+    make = torch.empty if written else torch.zeros
+    return tuple(make(x.shape, dtype=x.dtype, device=x.device) for x in (key_, value))
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -170,7 +174,7 @@ def _query_gradient(
 ) -> None:
     (b, h, m), (g, n) = query.shape[:3], key_.shape[1:3]
     chosen = chosen_tile(tile, BACKWARD_QUERY, spaces, name, query, value, extras)
-    tensors, strides = riders(extras, b, h, m, n)
+    tensors, strides = riders(extras, b, h, g, m, n)
     more, more_strides = _elsewhere(pattern)
     with device.guard(query):
         for walk in pattern.queries:
@@ -210,7 +214,7 @@ def _query_gradient(
 
 def _key_gradients(
     walk: Walk,
-    chosen: Tile,
+    tiled: Callable[[], Tile],
     query: Tensor,
     grad_out: Tensor,
     lse: Tensor,
@@ -221,9 +225,13 @@ def _key_gradients(
     dk: Tensor,
     dv: Tensor,
     extras: Extras,
+    *,
+    scatter: bool = False,
 ) -> None:
-    (b, h, m), (g, n) = query.shape[:3], key_.shape[1:3]
-    (mask, padding, _, seed), strides = riders(extras, b, h, m, n)
+    if key_.numel() == 0 and value.numel() == 0:
+        return
+    (b, h, m), (g, n), chosen = query.shape[:3], key_.shape[1:3], tiled()
+    (mask, padding, _, seed), strides = riders(extras, b, h, g, m, n)
     tiles = walk.tiles(n, chosen.block_n)
     with device.guard(query):
         _softmax_backward.backward_key_kernel[_grid(tiles * b * g)](
@@ -257,6 +265,7 @@ def _key_gradients(
             threshold(extras.dropout_p),
             rescale(extras.dropout_p),
             walk.numbers,
+            SCATTER=scatter,
             **constants(walk, query, value, extras),
             **_launch(chosen),
         )

@@ -20,10 +20,23 @@ class Extras:
     """What may ride along with a call: masks already checked, scale and dropout already chosen."""
 
     mask: Tensor | None
-    key_padding_mask: Tensor | None
+    key_padding_mask: Tensor | None  # (B, N), or (B, Hk, N)
     scale: float
     dropout_p: float
     seed: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        scale: float | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> Extras:
+        """With the scale that None stands for."""
+        return cls(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)
 
     @property
     def plain(self) -> bool:
@@ -39,18 +52,19 @@ def key_of(query: Tensor, value: Tensor, extras: Extras) -> Key:
     return Key("float32" if exact else "tf32", width, extras.plain)
 
 
-def riders(extras: Extras, b: int, h: int, m: int, n: int) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, ...], ...]]:
+def riders(extras: Extras, b: int, h: int, g: int, m: int, n: int) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, ...], ...]]:
     """(mask, padding, end of the unpadded keys, seed) and the strides of the first two."""
     mask, padding, end = extras.mask, extras.key_padding_mask, None
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    padding_strides: tuple[int, ...] = (0, 0)
+    padding_strides: tuple[int, ...] = (0, 0, 0)
     if mask is not None:
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(b, h, m, n)
         mask_strides = mask.stride()
     if padding is not None and n:
         # keys after the last visible one are never visited
+        padding = (padding if padding.ndim == 3 else padding[:, None]).expand(b, g, n)
         places = torch.arange(1, n + 1, dtype=torch.int32, device=padding.device)
-        end = places.masked_fill(padding, 0).amax(1)
+        end = places.masked_fill(padding, 0).amax((1, 2)) if padding.stride(1) else places.masked_fill(padding[:, 0], 0).amax(1)
         padding = padding.view(torch.uint8)
         padding_strides = padding.stride()
     else:

@@ -7,61 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_attn.kernels import _softmax_launch as softmax
 from triton_attn.kernels import _softmax_tiles
 from triton_attn.kernels._softmax_riders import Extras, key_of
-from triton_attn.kernels._softmax_walks import Pattern, Walk, all_visits, consecutive, full_runs, one_run
+from triton_attn.kernels._softmax_walks import FULL, Pattern, causal_from, one_run
 from triton_attn.tiles import Key
-
-
-@triton.jit
-def causal_keep(i: tl.constexpr, m, n, numbers):
-    """numbers[0] = how far the diagonal is shifted: 0 from the top left, Nk - Nq from the bottom right."""
-    return n <= m + numbers[0]
-
-
-@triton.jit
-def causal_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
-    """Full tiles that every row sees, then the tiles on the diagonal."""
-    everyone = tl.minimum(tl.maximum(first + numbers[0] + 1, 0), len_n) // BLOCK * BLOCK
-    anyone = tl.minimum(tl.maximum(last + numbers[0] + 1, 0), len_n)
-    if i == 0:
-        return 0, 1, everyone
-    else:
-        return everyone, 1, anyone - everyone
-
-
-@triton.jit
-def causal_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
-    """Tiles of queries on the diagonal, then those that see every key."""
-    anyone = tl.minimum(tl.maximum(first - numbers[0], 0), len_m)
-    everyone = tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)
-    everyone = tl.minimum(anyone + tl.cdiv(everyone - anyone, BLOCK) * BLOCK, len_m)
-    if i == 0:
-        return anyone, 1, everyone - anyone
-    else:
-        return everyone, 1, len_m - everyone
-
 
 POINTERS, DESCRIPTORS = "attention/pointers", "attention/descriptors"
 SPACES = _softmax_tiles.by_pointers(sys.modules[__name__])
 DESCRIPTOR_SPACES = _softmax_tiles.by_descriptors(sys.modules[__name__])
-FULL = Pattern((Walk(consecutive, full_runs, (False, True)),), Walk(consecutive, all_visits, (False,)))
 
 
 def pattern(query: Tensor, key: Tensor, causal: bool | str) -> Pattern:
     """The pattern of a call."""
     if not causal:
         return FULL
-    numbers = (key.shape[2] - query.shape[2] if causal == "bottom_right" else 0,)
-    return Pattern(
-        (Walk(consecutive, causal_runs, (False, True), causal_keep, numbers),),
-        Walk(consecutive, causal_visits, (True, False), causal_keep, numbers),
-    )
+    return causal_from(key.shape[2] - query.shape[2] if causal == "bottom_right" else 0)
 
 
 def attention(
@@ -79,7 +42,7 @@ def attention(
     tile: softmax.Tiles = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by pointers and asynchronous copies: sm_80 and up."""
-    extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
+    extras = Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed)
     out, lse = softmax.forward(pattern(query, key, causal), SPACES, POINTERS, query, key, value, extras, tile)
     return (out, lse) if return_lse else out
 
@@ -99,7 +62,7 @@ def attention_by_descriptors(
     tile: softmax.Tiles = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by tensor descriptors (bulk copies): sm_90, rows of 16 aligned bytes, no mask and no padding."""
-    extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
+    extras = Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed)
     walk = pattern(query, key, causal)
     chosen = softmax.chosen_tile(tile, softmax.FORWARD, DESCRIPTOR_SPACES, DESCRIPTORS, query, value, extras)
     if chosen.warp_specialize and causal:
@@ -129,18 +92,12 @@ def attention_backward(
     tile: softmax.Tiles = None,
 ) -> tuple[Tensor, ...]:
     """(dQ, dK, dV) from the saved out and lse."""
-    extras = _extras(query, mask, key_padding_mask, scale, dropout_p, seed)
+    extras = Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed)
     grads = (grad_out, grad_lse)
     return softmax.backward(pattern(query, key, causal), SPACES, POINTERS, grads, query, key, value, out, lse, extras, needs, tile)
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
     """What the tiles of a call depend on."""
-    extras = _extras(tensors["query"], tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None)
+    extras = Extras.of(tensors["query"], tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None)
     return key_of(tensors["query"], tensors["value"], extras)
-
-
-def _extras(
-    query: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, scale: float | None, dropout_p: float, seed: Tensor | None
-) -> Extras:
-    return Extras(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)

@@ -23,7 +23,9 @@ def masked(row: Mechanism) -> list[Case]:
 
 def another(x: Tensor) -> Tensor:
     """A second sample."""
-    return ~x if x.dtype == torch.bool else 2 * x.flip(-1)
+    if x.dtype == torch.bool:
+        return ~x
+    return 2 * x.flip(-1) if x.is_floating_point() else x.flip(-1)
 
 
 def compare_with_loop(call: Call, changed: dict[str, Tensor], axes: dict[str, int], backend: str) -> None:

@@ -4,7 +4,21 @@ from triton_attn.arguments import ArgumentError
 from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.attention import attention
+from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
+from triton_attn.functional.strided_attention import strided_attention
+from triton_attn.functional.subset_attention import subset_attention
 
-__all__ = ["CATALOG", "ArgumentError", "Unsupported", "attention", "explain", "scaled_dot_product_attention", "use_backend"]
+__all__ = [
+    "CATALOG",
+    "ArgumentError",
+    "Unsupported",
+    "attention",
+    "explain",
+    "local_global_attention",
+    "scaled_dot_product_attention",
+    "strided_attention",
+    "subset_attention",
+    "use_backend",
+]
 __version__ = "0.1.0"

@@ -101,6 +101,23 @@ def finite(row: Mechanism, argument: str, given: float) -> float:
     return float(given)
 
 
+def whole(row: Mechanism, argument: str, given: int, low: int, high: int | None = None) -> int:
+    """A whole number, `low` and more, up to `high` if there is one."""
+    allowed = f"a whole number, {low} and more" if high is None else f"a whole number, {low} to {high}"
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
+    if given < low or (high is not None and given > high):
+        raise ArgumentError(row.name, argument, f"is {given}; allowed: {allowed}")
+    return given
+
+
+def flag(row: Mechanism, argument: str, given: bool) -> bool:
+    """True or False."""
+    if not isinstance(given, bool):
+        raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: True, False")
+    return given
+
+
 def alignment(row: Mechanism, causal: bool | str, queries: int, keys: int) -> str:
     """Normalise `causal` to "", "top_left" or "bottom_right"; True needs equal lengths, where the two are one."""
     if causal is False:

@@ -240,12 +240,9 @@ def compile_tile(row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key,
     worst, fault = None, ""
     try:
         for case in row.probes(key.width, key.plain):
-            used = _probe(row, kernel, launch, key, tile, capability, case)
-            if used is None:
-                continue
-            fault = fault or tiles.illegal(used, limits)
-            if worst is None or (used.spilled, used.registers, used.shared) > (worst.spilled, worst.registers, worst.shared):
-                worst = used
+            for used in _probe(row, kernel, launch, key, tile, capability, case):
+                fault = fault or tiles.illegal(used, limits)
+                worst = used if worst is None else max(worst, used, key=_demand)
     except Exception as error:  # noqa: BLE001  the compiler's own errors have no common base
         fault = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     blocks = tiles.blocks_per_multiprocessor(worst, limits) if worst else 0
@@ -255,11 +252,11 @@ def compile_tile(row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key,
 
 def _probe(
     row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key, tile: tiles.Tile, capability: tuple[int, int], case: Case
-) -> Usage | None:
-    """Compile one call; None where the kernel refuses it."""
+) -> list[Usage]:
+    """Compile one call: every kernel that it launches; none where the kernel refuses it."""
     tensors, options = inputs.meta(row, case, DTYPES[key.operands])
     if kernel.refuses(tensors, options):
-        return None
+        return []
     code = kernel.load()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if key.operands == "float32" else "high")
@@ -278,8 +275,11 @@ def _probe(
                 }
                 first, *others = made.values()
                 needs = tuple(name in launch.gradients for name in row.differentiable)
-                # one gradient alone, so that its launch is the last one compiled
                 code.backward(first, *(None for _ in others), **tensors, **made, **options, needs=needs, tile={launch.name: tile})
     finally:
         torch.set_float32_matmul_precision(precision)
-    return usage(compiled[-1])
+    return [usage(each) for each in compiled]
+
+
+def _demand(used: Usage) -> tuple[int, int, int]:
+    return used.spilled, used.registers, used.shared

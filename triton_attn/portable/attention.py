@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn.portable._rows import by_rows
+from triton_attn.portable._rows import Piece, by_rows
 
 
 def attention(
@@ -32,7 +32,18 @@ def attention(
         mask = _both(mask, ~key_padding_mask[:, None, None, :])
     if dropout_p > 0 or return_lse:
         shift = None if not causal else n - m if causal == "bottom_right" else 0
-        out, lse = by_rows(query, key, value, mask, shift, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)
+        columns = torch.arange(n, device=query.device)
+
+        def visit(start: int, stop: int) -> list[Piece]:
+            part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+            seen, added = (part, None) if part is None or part.dtype == torch.bool else (part != -math.inf, part)
+            if shift is not None:
+                early = torch.ones(stop - start, n, dtype=torch.bool, device=query.device).tril(shift + start)
+                seen = early if seen is None else seen & early
+            return [Piece(key, value, columns, seen, added)]
+
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = by_rows(query, visit, n, scale=scale, dropout_p=dropout_p, seed=seed)
         return (out, lse) if return_lse else out
     from_top = bool(causal) and (causal != "bottom_right" or m == n)
     if causal and (mask is not None or not from_top):

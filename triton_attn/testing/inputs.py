@@ -70,7 +70,9 @@ def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tup
         how = options.pop(name, None)
         if given.kind == "seed":
             how = options.get("dropout_p") or None
-        wanted.append((name, given, "normal" if given.required else how, shape(given.axes, case.sizes)))
+        how = "normal" if given.required else how
+        # a case does without the axes of what it leaves out
+        wanted.append((name, given, how, () if how is None else shape(given.axes, case.sizes)))
     return wanted, options
 
 

@@ -1,0 +1,57 @@
+"""Strided attention on a view of the keys: torch's own fused call where that is exact, else by blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_attn.portable._rows import Piece, by_rows
+
+
+def strided_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    stride: int,
+    phase: int = 0,
+    include_self: bool = False,
+    key_padding_mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Strided attention in O(Nq Nk / stride) time and O(Nq + Nk) memory."""
+    (h, m), (g, n) = query.shape[1:3], key.shape[1:3]
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    taken = slice(phase, None, stride)
+    seen = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+    gridded = None if seen is None else seen[..., taken]
+    if not (include_self or causal or dropout_p > 0 or return_lse):
+        keys, values = key[:, :, taken], value[:, :, taken]
+        return F.scaled_dot_product_attention(query, keys, values, gridded, scale=scale, enable_gqa=g != h)
+    columns = torch.arange(n, device=query.device)
+    off_grid = columns % stride != phase
+    shift = n - m if causal == "bottom_right" else 0
+
+    def visit(start: int, stop: int) -> list[Piece]:
+        part, rule = taken, gridded
+        if causal:
+            part = slice(phase, max(stop + shift, phase), stride)
+            early = columns[part] <= torch.arange(start + shift, stop + shift, device=query.device)[:, None]
+            rule = early if seen is None else seen[..., part] & early
+        pieces = [Piece(key[:, :, part], value[:, :, part], columns[part], rule)]
+        if include_self:
+            own = torch.eye(stop - start, dtype=torch.bool, device=query.device) & off_grid[start:stop]
+            rule = own if seen is None else seen[..., start:stop] & own
+            pieces.append(Piece(key[:, :, start:stop], value[:, :, start:stop], columns[start:stop], rule))
+        return pieces
+
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = by_rows(query, visit, n // stride + 1, scale=scale, dropout_p=dropout_p, seed=seed)
+    return (out, lse) if return_lse else out
