@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import combinations
+from itertools import combinations, compress
 from typing import Any
 
 import pytest
@@ -368,13 +368,13 @@ def test_operators_know_their_shapes_on_devices_that_are_not_here(row: Mechanism
         )
         outputs = operator.forward(*args)
         split = len(row.inputs)
-        needs = [True] * len(row.differentiable)
+        needs = [args[[*row.inputs].index(name)] is not None for name in row.differentiable]
         found = operator.backward(*map(torch.empty_like, outputs), *args[:split], *outputs, *args[split:], needs)
     dtypes = {"like inputs": dtype, "float32": torch.float32}
     for given, output in zip(row.outputs.values(), outputs, strict=True):
         assert output.shape == inputs.shape(given.axes, case.sizes)
         assert output.dtype == dtypes[given.dtype]
-    for name, gradient in zip(row.differentiable, found, strict=True):
+    for name, gradient in zip(compress(row.differentiable, needs), compress(found, needs), strict=True):
         assert gradient.shape == inputs.shape(row.inputs[name].axes, case.sizes)
         assert gradient.dtype == dtype
     assert all(x.is_contiguous() and x.device.type == device for x in (*outputs, *found))
@@ -395,6 +395,7 @@ def test_a_call_on_the_meta_device_gives_shapes(row: Mechanism, case: Case) -> N
 def test_a_call_on_a_gpu_that_is_not_here_gives_shapes(row: Mechanism, case: Case) -> None:
     with FakeTensorMode(), torch.no_grad():
         call = draw(row, case)
-        out = call(*(torch.empty(x.shape, device="cuda") for x in call.leaves))
+        others = {name: torch.empty_like(x, device="cuda") for name, x in call.others.items()}
+        out = call(*(torch.empty(x.shape, device="cuda") for x in call.leaves), **others)
     assert out.device.type == "cuda"
     assert described([out]) == described([eager(draw(row, case), "triton")[0]])

@@ -111,6 +111,17 @@ def whole(row: Mechanism, argument: str, given: int, low: int, high: int | None 
     return given
 
 
+def inside(row: Mechanism, argument: str, indices: torch.Tensor, size: int) -> None:
+    """Indices of 0 to size - 1; asked only where looking costs nothing: of a real tensor on a CPU."""
+    if type(indices) is not torch.Tensor or indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if indices.numel() == 0 or torch._C._are_functorch_transforms_active():
+        return
+    low, high = (int(x) for x in torch.aminmax(indices))
+    if low < 0 or high >= size:
+        raise ArgumentError(row.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
+
+
 def flag(row: Mechanism, argument: str, given: bool) -> bool:
     """True or False."""
     if not isinstance(given, bool):

@@ -153,7 +153,7 @@ class Operator:
     def _sizes(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         sizes: dict[str, Any] = {}
         for name, given in self.row.inputs.items():
-            if given.required:
+            if given.required or (given.kind == "values" and shapes[name] is not None):
                 sizes.update(zip(given.axes.split(), getattr(shapes[name], "shape", shapes[name]), strict=True))
         return sizes
 

@@ -64,10 +64,7 @@ def subset_attention(
         indices = (indices[None] if indices.ndim == 1 else indices)[:, None].expand(key.shape[0], key.shape[1], -1)
     tensors = {"query": query, "key": key, "value": value, "indices": indices, "key_padding_mask": key_padding_mask, "seed": None}
     sizes = softmax.check(ROW, tensors)
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and type(indices) is Tensor and indices.numel():
-        low, high = (int(x) for x in torch.aminmax(indices))
-        if low < 0 or high >= sizes["n"]:
-            raise arguments.ArgumentError(ROW.name, "indices", f"has {low if low < 0 else high}; allowed: 0 to {sizes['n'] - 1}")
+    arguments.inside(ROW, "indices", indices, sizes["n"])
     if arguments.flag(ROW, "include_self", include_self) and sizes["m"] != sizes["n"]:
         raise arguments.ArgumentError(
             ROW.name, "include_self", f"is True with {sizes['m']} queries and {sizes['n']} keys; allowed: as many of each"

@@ -51,6 +51,8 @@ def by_rows(
     b, h, m = query.shape[:3]
     rows = max(1, SCORES_AT_ONCE // max(b * h * visited, 1))
     rows = rows if most is None else min(rows, most)
+    if torch.compiler.is_compiling():
+        rows = m  # a graph for every length has no loop
     again = torch.is_grad_enabled() and rows < m
 
     def block(start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,7 @@ def by_rows(
         return _attend(query[:, :, start:stop], pieces, first + start, scale, dropout_p, seed)
 
     parts = []
-    for start in range(0, max(m, 1), rows):
+    for start in range(0, m, rows) if rows is not m and m else (0,):
         place = (start, min(start + rows, m))
         # recomputed in the backward pass, or every score would be kept for it
         parts.append(checkpoint(block, *place, use_reentrant=False) if again else block(*place))
