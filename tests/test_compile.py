@@ -137,7 +137,6 @@ def without_a_new_graph(row: Mechanism, case: Case, backend: str, *, training: b
 
 
 SYMBOLIC = pytest.param("portable", marks=pytest.mark.xfail(reason="hands torch's own call a symbolic enable_gqa"))
-UNROLLED = pytest.param("portable", marks=[pytest.mark.xfail(reason="its loop over rows is unrolled for one length"), pytest.mark.slow])
 
 
 @each(fixed)
@@ -153,7 +152,7 @@ def test_lengths_change_without_a_new_graph_in_training(row: Mechanism, case: Ca
 
 
 @each(random)
-@pytest.mark.parametrize("backend", ["triton", UNROLLED])
+@BOTH
 def test_lengths_change_without_a_new_graph_under_dropout(row: Mechanism, case: Case, backend: str) -> None:
     without_a_new_graph(row, case, backend, training=False)
 

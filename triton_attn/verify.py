@@ -89,17 +89,19 @@ def kernel_run(row: Mechanism, code: Code, tile: Any = None) -> Run:
     return run
 
 
-def differentiable_run(row: Mechanism, function: Callable[..., Any]) -> Run:
-    """The same of an ordinary differentiable function."""
+def differentiable_run(row: Mechanism, function: Callable[..., Any], *, more: bool = True) -> Run:
+    """The same of an ordinary differentiable function; without `more` it is asked for its first output alone."""
 
     def run(
         tensors: Mapping[str, Any], options: Mapping[str, Any], grads: Sequence[Tensor | None]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         given = [name for name in row.differentiable if tensors[name] is not None]
         leaves = {name: tensors[name].detach().requires_grad_() for name in given}
-        outputs = function(**{**tensors, **leaves}, **options, **{row.more: True})
-        wanted = [output for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-        gradients = torch.autograd.grad(wanted, list(leaves.values()), [x for x in grads if x is not None], materialize_grads=True)
+        found_out = function(**{**tensors, **leaves}, **options, **{row.more: more})
+        outputs = found_out if more else (found_out,)
+        pairs = [(output, grad) for output, grad in zip(outputs, grads[: len(outputs)], strict=True) if grad is not None]
+        wanted, given_grads = zip(*pairs, strict=True)
+        gradients = torch.autograd.grad(wanted, list(leaves.values()), given_grads, materialize_grads=True)
         found = dict(zip(given, gradients, strict=True))
         return outputs, [found.get(name, torch.empty(0)) for name in row.differentiable]
 
@@ -118,12 +120,13 @@ def judge(
     layout: str = inputs.CONTIGUOUS,
     tf32: bool = False,
     borrowed: bool = False,
+    more: bool = True,
 ) -> list[numerics.Comparison]:
-    """Compare outputs and gradients of `run` with the reference in float64, by every tier."""
+    """Compare outputs and gradients of `run` with the reference in float64, by every tier; without `more` the first output alone."""
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where, seed=seed, spread=spread, layout=layout)
     options.setdefault("scale", None)
     # beside large scores the yardstick is no measure: a log-sum-exp held in float32 errs by its own magnitude
-    expected = expect(row, tensors, options, case.sizes, dtype=dtype, seed=seed, statistical=spread <= 1.0, layout=layout)
+    expected = expect(row, tensors, options, case.sizes, dtype=dtype, seed=seed, statistical=spread <= 1.0, layout=layout, more=more)
     return expected.judge(run, tf32=tf32, borrowed=borrowed)
 
 
@@ -169,25 +172,26 @@ def expect(
     seed: int = 0,
     statistical: bool = True,
     layout: str = inputs.CONTIGUOUS,
+    more: bool = True,
 ) -> Expected:
     """Truth, yardstick and bound of a call; `statistical` asks for tier 2. Its output gradients have the layout too."""
     wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
     generator = torch.Generator().manual_seed(seed + 1)
     first = next(iter(tensors.values()))
     grads = []
-    for given in row.outputs.values():
+    for given in row.outputs.values() if more else [*row.outputs.values()][:1]:
         kind = torch.float32 if given.dtype == "float32" else dtype
         drawn = torch.randn(inputs.shape(given.axes, sizes), generator=generator).to(kind)
         grads.append(inputs.laid_out(drawn, layout).to(first.device))
-    reference = differentiable_run(row, row.reference)
+    reference = differentiable_run(row, row.reference, more=more)
     truth = _by_name(row, tensors, *reference(wide, options, [grad.double() for grad in grads]))
     naive = _by_name(row, tensors, *reference(tensors, options, grads)) if statistical else {}
-    size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=True)}, **options)
+    size = row.bound(**wide, **{f"grad_{name}": grad.double() for name, grad in zip(row.outputs, grads, strict=False)}, **options)
     return Expected(row, tensors, options, grads, dtype, truth, naive, size)
 
 
 def _by_name(row: Mechanism, tensors: Mapping[str, Any], outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    named = dict(zip(row.outputs, outputs, strict=True))
+    named = dict(zip(row.outputs, outputs, strict=False))
     # what is absent has no gradient
     present = [(name, x) for name, x in zip(row.differentiable, gradients, strict=True) if tensors[name] is not None]
     return {**named, **{f"grad {name}": x for name, x in present}}

@@ -106,4 +106,7 @@ def _thinned(weights: Tensor, piece: Piece, start: int, dropout_p: float, seed: 
 
 def _product(weights: Tensor, piece: Piece) -> Tensor:
     (b, h, m, n), g, e = weights.shape, piece.value.shape[1], piece.value.shape[-1]
-    return (weights.to(piece.value.dtype).reshape(b, g, h // max(g, 1) * m, n) @ piece.value).view(b, h, m, e)
+    # float16 has no room for small weights, and on a CPU no faster products
+    value = piece.value.float() if piece.value.dtype == torch.float16 else piece.value
+    product = weights.to(value.dtype).reshape(b, g, h // max(g, 1) * m, n) @ value
+    return product.to(piece.value.dtype).view(b, h, m, e)

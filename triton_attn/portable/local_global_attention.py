@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from triton_attn.portable import _banded
 from triton_attn.portable._rows import Piece, by_rows
 
 
@@ -54,13 +56,22 @@ def local_global_attention(
         return [piece(0, n, places <= places[start:stop, None] if causal else None)]
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if key_padding_mask is None and dropout_p == 0 and not return_lse and tokens < n and _banded.serves(query, key, value):
+        more = (key[:, :, :tokens], value[:, :, :tokens]) if global_key is None or global_value is None else (global_key, global_value)
+        near = _banded.banded(query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:], *more, half, ahead, scale)
+        if not tokens:
+            return near
+        # a causal global token sees the global tokens before it
+        keys, values = (key[:, :, :tokens], value[:, :, :tokens]) if causal else (key, value)
+        far = F.scaled_dot_product_attention(query[:, :, :tokens], keys, values, is_causal=bool(causal), scale=scale)
+        return torch.cat((far, near), 2)
     summaries = tokens if global_key is None else global_key.shape[2]
     rows = max(half, 64)
-    near = by_rows(
+    blocks = by_rows(
         query[:, :, tokens:], local, rows + half + ahead + summaries, first=tokens, most=rows, scale=scale, dropout_p=dropout_p, seed=seed
     )
     if not tokens:
-        return near if return_lse else near[0]
-    far = by_rows(query[:, :, :tokens], everywhere, n, scale=scale, dropout_p=dropout_p, seed=seed)
-    out, lse = (torch.cat(pair, 2) for pair in zip(far, near, strict=True))
+        return blocks if return_lse else blocks[0]
+    rest = by_rows(query[:, :, :tokens], everywhere, n, scale=scale, dropout_p=dropout_p, seed=seed)
+    out, lse = (torch.cat(pair, 2) for pair in zip(rest, blocks, strict=True))
     return (out, lse) if return_lse else out

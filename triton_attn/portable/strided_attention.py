@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_attn.portable import _fused
 from triton_attn.portable._rows import Piece, by_rows
 
 
@@ -35,7 +36,14 @@ def strided_attention(
     if not (include_self or causal or dropout_p > 0 or return_lse):
         keys, values = key[:, :, taken], value[:, :, taken]
         return F.scaled_dot_product_attention(query, keys, values, gridded, scale=scale, enable_gqa=g != h)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    plain = key_padding_mask is None and dropout_p == 0 and not return_lse and not torch.compiler.is_compiling()
     columns = torch.arange(n, device=query.device)
+    if plain and include_self and not causal and _fused.serves(query, key[:, :, taken], value):
+        own = columns % stride != phase
+        return _fused.with_own_key(query, key[:, :, taken], value[:, :, taken], key, value, own, scale)
+    if plain and causal and not include_self and phase == 0 and m == n and m % stride == 0 and g == h:
+        return _causal(query, key, value, stride, scale)
     off_grid = columns % stride != phase
     shift = n - m if causal == "bottom_right" else 0
 
@@ -52,6 +60,14 @@ def strided_attention(
             pieces.append(Piece(key[:, :, start:stop], value[:, :, start:stop], columns[start:stop], rule))
         return pieces
 
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     out, lse = by_rows(query, visit, n // stride + 1, scale=scale, dropout_p=dropout_p, seed=seed)
     return (out, lse) if return_lse else out
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, stride: int, scale: float) -> Tensor:
+    """Queries i = a stride + r see keys 0, stride, ..., a stride: for each r an ordinary causal call on the same keys."""
+    b, h, n = query.shape[:3]
+    rows = query.reshape(b * h, n // stride, stride, query.shape[-1]).transpose(1, 2)
+    keys, values = (x[:, :, ::stride].flatten(0, 1)[:, None].expand(-1, stride, -1, -1) for x in (key, value))
+    out = F.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
+    return out.transpose(1, 2).reshape(b, h, n, value.shape[-1])

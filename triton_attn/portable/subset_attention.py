@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_attn.portable import _fused
 from triton_attn.portable._rows import Piece, by_rows
 
 
@@ -39,6 +40,9 @@ def subset_attention(
     every = here.repeat_interleave(h // max(g, 1), 1)[:, :, None]
     if not (include_self or causal or dropout_p > 0 or return_lse):
         return F.scaled_dot_product_attention(query, keys, values, every, scale=scale, enable_gqa=g != h)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not (causal or dropout_p > 0 or return_lse or shown is not None) and _fused.serves(query, keys, value) and bool(here.all()):
+        return _fused.with_own_key(query, keys, values, key, value, ~chosen, scale)
     shift = n - m if causal == "bottom_right" else 0
     spread = columns.repeat_interleave(h // max(g, 1), 1)[:, :, None]
     own = ~chosen if shown is None else ~chosen & shown
@@ -55,7 +59,6 @@ def subset_attention(
             pieces.append(Piece(key[:, :, start:stop], value[:, :, start:stop], places, diagonal))
         return pieces
 
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     most = max(columns.shape[2], 64) if include_self else None
     out, lse = by_rows(query, visit, columns.shape[2] + 1, most=most, scale=scale, dropout_p=dropout_p, seed=seed)
     return (out, lse) if return_lse else out

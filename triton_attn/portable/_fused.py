@@ -1,0 +1,68 @@
+"""Unions that torch's fused call for CPUs computes: its log-sum-exp joins the pieces, and the joint one differentiates each of them.
+
+P = exp(s - lse) and delta = rowsum(out dout) of the whole make the fused backward exact for a piece. The two operators are torch's own
+but not public, so whatever they might refuse goes another way: `serves` says when they are right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPERATORS = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Equal heads and widths, nothing empty, on a CPU, and nobody who looks inside: torch.compile, torch.func, forward-mode."""
+    shapes = (query.shape, key.shape, value.shape)
+    return (
+        _OPERATORS
+        and query.device.type == "cpu"
+        and type(query) is Tensor
+        and query.shape[1] == key.shape[1]
+        and query.shape[-1] == value.shape[-1]
+        and all(size > 0 for shape in shapes for size in shape)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def with_own_key(query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float) -> Tensor:
+    """Attention of query i to `keys` and, where `own` (broadcastable to (B, H, N)) says so, to key i. All (B, H, ., D)."""
+    return _WithOwnKey.apply(query, keys, values, key, value, own, scale)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _WithOwnKey(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float) -> Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, scale=scale)
+        score = _rowwise(query, key) * scale
+        weight = torch.sigmoid(score - lse).masked_fill_(~own, 0.0)
+        out = out.lerp_(value, weight.to(out.dtype)[..., None])
+        lse = torch.where(own, torch.logaddexp(lse, score), lse)
+        ctx.save_for_backward(query, keys, values, key, value, out, lse, weight)
+        ctx.scale = scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        query, keys, values, key, value, out, lse, weight = ctx.saved_tensors
+        dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, keys, values, out, lse, 0.0, False, scale=ctx.scale
+        )
+        ds = (weight * (_rowwise(grad, value) - _rowwise(grad, out)) * ctx.scale).to(query.dtype)[..., None]
+        return dq.addcmul_(ds, key), dkeys, dvalues, ds * query, weight.to(grad.dtype)[..., None] * grad, None, None
+
+
+def _rowwise(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of rows, in float32 at the least, a head at a time: fresh memory costs more than the products."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = torch.empty(x.shape[:-1], dtype=wide, device=x.device)
+    for b in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            torch.sum(x[b, h] * y[b, h], -1, dtype=wide, out=out[b, h])
+    return out
