@@ -38,6 +38,9 @@ def banded(
     return _Banded.apply(query, key, value, more_key, more_value, behind, ahead, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
+_TWICE = "the derivative of the gradients of portable local attention is not implemented"
+
+
 class _Windows:
     """One head's keys or values, padded, as overlapping windows (blocks, width, D)."""
 
@@ -122,7 +125,22 @@ class _Banded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         query, key, value, more_key, more_value, out, lse = ctx.saved_tensors
+        if torch._C._functorch.is_legacy_batchedtensor(grad):
+            leaves = [x.detach().requires_grad_() for x in (query, key, value, more_key, more_value)]
+            with torch.enable_grad():
+                return *torch.autograd.grad(_with_every_score(*leaves, *ctx.numbers), leaves, grad), None, None, None
         return *_Gradients.apply(grad, query, key, value, more_key, more_value, out, lse, *ctx.numbers), None, None, None  # type: ignore[no-untyped-call]
+
+
+def _with_every_score(
+    query: Tensor, key: Tensor, value: Tensor, more_key: Tensor, more_value: Tensor, behind: int, ahead: int, scale: float
+) -> Tensor:
+    """The definition, for several gradients at once (is_grads_batched): in-place operations have no rule for that."""
+    place = torch.arange(query.shape[2], device=query.device)
+    distance = place - place[:, None]
+    scores = (query @ key.mT * scale).masked_fill((distance < -behind) | (distance > ahead), -math.inf)
+    weights = torch.cat((scores, query @ more_key.mT * scale), -1).softmax(-1)
+    return weights @ torch.cat((value, more_value), 2)
 
 
 class _Gradients(torch.autograd.Function):
@@ -170,4 +188,8 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("the derivative of the gradients of portable local attention is not implemented")
+        raise NotImplementedError(_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        raise NotImplementedError(_TWICE)
