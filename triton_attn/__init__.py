@@ -6,6 +6,7 @@ from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.attention import attention
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
+from triton_attn.functional.sparse_attention import sparse_attention
 from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
 
@@ -17,6 +18,7 @@ __all__ = [
     "explain",
     "local_global_attention",
     "scaled_dot_product_attention",
+    "sparse_attention",
     "strided_attention",
     "subset_attention",
     "use_backend",
