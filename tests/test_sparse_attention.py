@@ -78,7 +78,7 @@ def test_a_rule_is_its_mask(
         out, lse = sparse_attention(query, key, value, key_padding_mask=padding, return_lse=True, **options)
     wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
     truth, true_lse = dense(*wide, mask=mask, key_padding_mask=padding, return_lse=True)
-    close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5} if backend == "triton" else {"rtol": 1e-9, "atol": 1e-10}
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if backend == "triton" else {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(out.double(), truth, **close)
     torch.testing.assert_close(lse.double(), true_lse, **close)
     found = torch.autograd.grad(out.square().sum(), (query, key, value))
