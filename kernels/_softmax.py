@@ -2,9 +2,10 @@
 
 A walk is three `@triton.jit` functions and a tuple of runtime integers, `numbers`:
 - `OWNS(tile, length, numbers, BLOCK)`: the rows that a program owns, as (start, step, count);
-- `RUNS(i, first, last, len_m, len_n, numbers, BLOCK)`: the i-th run of keys for rows first..last, likewise; count may be 0;
-- `KEEP(i, m, n, numbers)`: the fine rule, asked only in runs that EDGES marks. Tiles of other runs are full and seen by every row.
-For dK and dV a walk owns keys and its runs are of queries; there every tile may be ragged, since absent rows have lse = +inf.
+- `RUNS(i, first, last, len_m, len_n, numbers, head, BLOCK)`: the i-th run of keys for rows first..last, likewise; count may be 0;
+- `KEEP(i, m, n, numbers, head)`: the fine rule, asked only in runs that EDGES marks. Tiles of other runs are full and seen by every row.
+For dK and dV a walk owns keys and its runs are of queries; there every tile may be ragged, since absent rows have lse = +inf, and
+RUNS is asked once for all query heads that share the keys, with the first of them.
 
 The online softmax simply goes on from one run into the next (FlashAttention-2, Dao 2023, section 3.1, over a union of runs).
 
@@ -59,6 +60,7 @@ def hide(
     mask_base,
     mask_strides,
     numbers,
+    head,
     I: tl.constexpr,
     KEEP: tl.constexpr,
     EDGE: tl.constexpr,
@@ -77,7 +79,7 @@ def hide(
         score = tl.where(in_n, score, float("-inf"))
     if EDGE:
         if KEEP is not None:
-            score = tl.where(KEEP(I, m, n, numbers), score, float("-inf"))
+            score = tl.where(KEEP(I, m, n, numbers, head), score, float("-inf"))
     return score
 
 
@@ -196,7 +198,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for i in tl.static_range(len(EDGES)):
-        run, stride, length = RUNS(i, start, last, len_m, end, numbers, BLOCK_N)
+        run, stride, length = RUNS(i, start, last, len_m, end, numbers, head % heads, BLOCK_N)
         if DESCRIPTORS:
             described = tl.maximum(length, 1)  # of an empty run nothing is read, but a descriptor has at least one row
             k_rows = tl.make_tensor_descriptor(
@@ -228,6 +230,7 @@ def forward_kernel(
                 mask_base,
                 mask_strides,
                 numbers,
+                head % heads,
                 i,
                 KEEP,
                 EDGES[i],

@@ -139,7 +139,7 @@ def backward_query_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.static_range(len(EDGES)):
-        run, stride, length = RUNS(i, start, last, len_m, end, numbers, BLOCK_N)
+        run, stride, length = RUNS(i, start, last, len_m, end, numbers, head % heads, BLOCK_N)
         for offset in tl.range(0, length, BLOCK_N):
             n, in_n = run + (offset + lane_n) * stride, offset + lane_n < length
             if EXTRA and i == 0:
@@ -159,6 +159,7 @@ def backward_query_kernel(
                 mask_base,
                 mask_strides,
                 numbers,
+                head % heads,
                 i,
                 KEEP,
                 EDGES[i],
@@ -254,7 +255,7 @@ def backward_key_kernel(
     q_base = q_ptr + batch * q_strides[0]
     grad_base = grad_ptr + batch * grad_strides[0]
     for i in tl.static_range(len(EDGES)):
-        run, stride, length = RUNS(i, first, last, len_m, len_n, numbers, BLOCK_M)
+        run, stride, length = RUNS(i, first, last, len_m, len_n, numbers, shared % groups * group, BLOCK_M)
         # one loop over heads and tiles: a nested one costs a quarter of the registers
         steps = tl.cdiv(length, BLOCK_M)
         for turn in tl.range(0, group * steps):
@@ -279,6 +280,7 @@ def backward_key_kernel(
                 mask_base,
                 mask_strides,
                 numbers,
+                h.to(tl.int32),
                 i,
                 KEEP,
                 EDGES[i],

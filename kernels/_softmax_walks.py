@@ -55,7 +55,7 @@ def consecutive(tile, length, numbers, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def full_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def full_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """Full tiles of keys, then the ragged rest."""
     whole = len_n // BLOCK * BLOCK
     if i == 0:
@@ -65,25 +65,25 @@ def full_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.con
 
 
 @triton.jit
-def one_run(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def one_run(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """All keys as one run: the form that warp specialisation accepts."""
     return 0, 1, len_n
 
 
 @triton.jit
-def all_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def all_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """All queries as one run."""
     return 0, 1, len_m
 
 
 @triton.jit
-def causal_keep(i: tl.constexpr, m, n, numbers):
+def causal_keep(i: tl.constexpr, m, n, numbers, head):
     """numbers[0] = how far the diagonal is shifted: 0 from the top left, Nk - Nq from the bottom right."""
     return n <= m + numbers[0]
 
 
 @triton.jit
-def causal_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def causal_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """Full tiles that every row sees, then the tiles on the diagonal."""
     everyone = tl.minimum(tl.maximum(first + numbers[0] + 1, 0), len_n) // BLOCK * BLOCK
     anyone = tl.minimum(tl.maximum(last + numbers[0] + 1, 0), len_n)
@@ -94,7 +94,7 @@ def causal_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.c
 
 
 @triton.jit
-def causal_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def causal_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """Tiles of queries on the diagonal, then those that see every key."""
     anyone = tl.minimum(tl.maximum(first - numbers[0], 0), len_m)
     everyone = tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)

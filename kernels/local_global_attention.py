@@ -22,7 +22,7 @@ from triton_attn.tiles import Key
 
 
 @triton.jit
-def local_keep(i: tl.constexpr, m, n, numbers):
+def local_keep(i: tl.constexpr, m, n, numbers, head):
     """Run 0 has the globals; the band leaves them out."""
     if i == 0:
         return n >= 0
@@ -51,7 +51,7 @@ def banded(i: tl.constexpr, low, high, seen_from, seen_to, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def local_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def local_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """The globals, and the band: its edges and its interior. It starts at a multiple of four, as dropout's counters do."""
     if i == 0:
         return 0, 1, numbers[3]
@@ -62,7 +62,7 @@ def local_runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.co
 
 
 @triton.jit
-def visit_keep(i: tl.constexpr, m, n, numbers):
+def visit_keep(i: tl.constexpr, m, n, numbers, head):
     """Run 0 has the global queries. A global key is seen by all the others."""
     if i == 0:
         return n <= m + numbers[4]
@@ -71,7 +71,7 @@ def visit_keep(i: tl.constexpr, m, n, numbers):
 
 
 @triton.jit
-def local_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def local_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """The global queries; and those of the band, or all of them for a tile that has a global key."""
     if i == 0:
         return 0, 1, tl.minimum(numbers[2], len_m)

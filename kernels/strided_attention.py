@@ -21,7 +21,7 @@ from triton_attn.tiles import Key
 
 
 @triton.jit
-def keep(i: tl.constexpr, m, n, numbers):
+def keep(i: tl.constexpr, m, n, numbers, head):
     """Not in the future; in run 2 the query's own key, unless run 0 or 1 has it."""
     if i == 2:
         return (n == m) & (n % numbers[1] != numbers[2])
@@ -36,7 +36,7 @@ def on_grid(last, len_n, numbers):
 
 
 @triton.jit
-def runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def runs(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """Full tiles of the grid that every row sees, the rest of it, and the rows' own keys."""
     everyone = on_grid(first + numbers[0], len_n, numbers) // BLOCK * BLOCK
     if i == 0:
@@ -55,7 +55,7 @@ def residues(tile, length, numbers, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def visits(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """Of keys on the grid: tiles of queries on the diagonal, then those that see every key. Of keys off it: the queries at their place."""
     gridded = first % numbers[1] == numbers[2]
     anyone = tl.minimum(tl.maximum(first - numbers[0], 0), len_m)

@@ -22,7 +22,7 @@ from triton_attn.tiles import Key
 
 
 @triton.jit
-def keep(i: tl.constexpr, m, n, numbers):
+def keep(i: tl.constexpr, m, n, numbers, head):
     """Of the subset what is not in the future; in run 1 the query's own key."""
     if i == 0:
         return n <= m + numbers[0]
@@ -31,7 +31,7 @@ def keep(i: tl.constexpr, m, n, numbers):
 
 
 @triton.jit
-def runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def runs(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """The subset, and the rows' own keys."""
     if i == 0:
         return 0, 1, numbers[1]
@@ -41,12 +41,12 @@ def runs(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexp
 
 
 @triton.jit
-def own_keep(i: tl.constexpr, m, n, numbers):
+def own_keep(i: tl.constexpr, m, n, numbers, head):
     return n == m
 
 
 @triton.jit
-def own_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, BLOCK: tl.constexpr):
+def own_visits(i: tl.constexpr, first, last, len_m, len_n, numbers, head, BLOCK: tl.constexpr):
     """The queries at the keys' places."""
     return first, 1, last + 1 - first
 

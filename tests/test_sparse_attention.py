@@ -59,7 +59,7 @@ def number(options: dict[str, Any], n: int) -> int:
     """What the rule is made of: keys kept, or the length of a block."""
     if "keep_ratio" in options:
         return max(1, math.ceil(options["keep_ratio"] * n))
-    return options.get("block") or math.isqrt(n - 1) + 1
+    return int(options.get("block", math.isqrt(n - 1) + 1))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
