@@ -150,11 +150,10 @@ def pattern(
     """The pattern of a call. Cells are as long as the greatest common divisor of the segments that end inside of the sequence."""
     h, n = query.shape[1:3]
     lengths = [min(length, max(n, 1)) for length in segment_lengths]
-    rates = [min(rate, length) for rate, length in zip(dilation_rates, lengths, strict=True)] if h == 1 else list(dilation_rates)
     cell = math.gcd(*(length for length in lengths if length < n)) or max(n, 1)
-    step = math.lcm(*rates)
+    step = math.lcm(*dilation_rates)
     rule = GROUPED if mode == "head_group" else BLOCK_RULE if offset_rule == "block" else MOD_RULE
-    branches = [number for branch in zip(lengths, rates, strict=True) for number in branch]
+    branches = [number for branch in zip(lengths, dilation_rates, strict=True) for number in branch]
     numbers = (0 if causal else n, cell, step, h, rule.value, *branches)
     alone, once = key.shape[1] == h, overlap == "unique"
     asked = once or not alone

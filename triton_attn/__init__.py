@@ -4,6 +4,7 @@ from triton_attn.arguments import ArgumentError
 from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.attention import attention
+from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
 from triton_attn.functional.sparse_attention import sparse_attention
@@ -15,6 +16,7 @@ __all__ = [
     "ArgumentError",
     "Unsupported",
     "attention",
+    "dilated_attention",
     "explain",
     "local_global_attention",
     "scaled_dot_product_attention",

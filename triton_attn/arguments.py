@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -108,6 +108,23 @@ def whole(row: Mechanism, argument: str, given: int, low: int, high: int | None 
         raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
     if given < low or (high is not None and given > high):
         raise ArgumentError(row.name, argument, f"is {given}; allowed: {allowed}")
+    return given
+
+
+def whole_numbers(row: Mechanism, argument: str, given: Sequence[int]) -> list[int]:
+    """Whole numbers, 1 and more, at least one of them."""
+    allowed = "a sequence of whole numbers, 1 and more"
+    if not isinstance(given, (list, tuple)) or not given or any(isinstance(x, bool) or not isinstance(x, int) for x in given):
+        raise ArgumentTypeError(row.name, argument, f"is {given!r}; allowed: {allowed}")
+    if min(given) < 1:
+        raise ArgumentError(row.name, argument, f"has {min(given)}; allowed: {allowed}")
+    return list(given)
+
+
+def one_of(row: Mechanism, argument: str, given: str, allowed: Sequence[str]) -> str:
+    """One of some words."""
+    if given not in allowed:
+        raise ArgumentError(row.name, argument, f"is {given!r}; allowed: {', '.join(map(repr, allowed))}")
     return given
 
 

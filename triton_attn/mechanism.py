@@ -133,6 +133,7 @@ class Mechanism:
     laws: tuple[Law, ...] = ()
     equal_lengths: Callable[[Options], bool] = lambda options: options.get("causal") is True  # whether m must be n
     reduction: Reduction | None = None
+    exact_pairs: bool = True  # whether `work` counts each pair that the reference sees once, whatever the values of indices
 
     @property
     def differentiable(self) -> tuple[str, ...]:

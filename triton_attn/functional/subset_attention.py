@@ -146,4 +146,5 @@ ROW = Mechanism(
     laws=softmax.PATTERN_LAWS,
     equal_lengths=lambda options: options.get("causal") is True or bool(options.get("include_self", True)),
     reduction=Reduction(_every_key, attention),
+    exact_pairs=False,
 )

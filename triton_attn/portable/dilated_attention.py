@@ -1,0 +1,228 @@
+"""Dilated attention branch by branch on views, mixed by their log-sum-exps; on a CPU through torch's fused call, each way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_attn.portable import _fused
+from triton_attn.portable._rows import Piece, by_rows
+
+Branch = tuple[int, int, list[tuple[int, slice]]]  # segment length, rate, and which heads select which phase
+
+
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    mode: str = "longnet",
+    offset_rule: str = "block",
+    overlap: str = "count",
+    key_padding_mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention in O(N sum(w / r^2)). Dropout, overlap "unique" and a captured graph look at every pair, by blocks of rows."""
+    h, g = query.shape[1], key.shape[1]
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    branches = [
+        (length, rate, _selecting(branch, h, len(segment_lengths), rate, mode, offset_rule))
+        for branch, (length, rate) in enumerate(zip(segment_lengths, dilation_rates, strict=True))
+    ]
+    if dropout_p > 0 or overlap == "unique" or torch.compiler.is_compiling() or query.numel() == 0:
+        once = overlap == "unique"
+        out, lse = _every_pair(query, key, value, branches, once, key_padding_mask, bool(causal), scale, dropout_p, seed)
+        return (out, lse) if return_lse else out
+    if g != h:
+        key, value = (x.repeat_interleave(h // max(g, 1), 1) for x in (key, value))
+    if key_padding_mask is None and not return_lse and _fused.serves(query, key, value):
+        return _Mixed.apply(query, key, value, branches, bool(causal), scale)  # type: ignore[no-any-return,no-untyped-call]
+    parts = [_branch(query, key, value, branch, key_padding_mask, bool(causal), scale) for branch in branches]
+    lse = torch.stack([part[1] for part in parts]).logsumexp(0)
+    share = [(part[1] - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(query.dtype)[..., None] for part in parts]
+    out = torch.stack([part[0] * weight for part, weight in zip(parts, share, strict=True)]).sum(0)
+    return (out, lse) if return_lse else out
+
+
+def _selecting(branch: int, heads: int, number: int, rate: int, mode: str, offset_rule: str) -> list[tuple[int, slice]]:
+    """(phase, heads that select it)."""
+    if mode == "head_group":
+        small, larger = heads // number, heads % number
+        first = branch * small + min(branch, larger)
+        return [(branch % rate, slice(first, first + small + (branch < larger)))]
+    if offset_rule == "block":
+        each = -(-heads // rate)
+        return [(phase, slice(phase * each, min((phase + 1) * each, heads))) for phase in range(rate) if phase * each < heads]
+    return [(phase, slice(phase, heads, rate)) for phase in range(min(rate, heads))]
+
+
+def _branch(
+    query: Tensor, key: Tensor, value: Tensor, branch: Branch, padding: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one branch, 0 and -inf where nothing is selected. Segments stand beside the heads; nothing is changed in place."""
+    (b, h, n), e = query.shape[:3], value.shape[-1]
+    length, rate, phases = branch
+    length = min(length, max(n, 1))
+    segments = -(-n // length)
+    short = segments * length - n
+    hidden = torch.zeros(b, n, dtype=torch.bool, device=query.device) if padding is None else padding
+    hidden = F.pad(hidden, (0, short), value=True).view(b, 1, segments, length)
+    folded = [F.pad(x, (0, 0, 0, short)).view(b, h, segments, length, x.shape[-1]) for x in (query, key, value)]
+    outs, lses = [], []
+    order: list[int] = []
+    for phase, heads in phases:
+        chosen = range(h)[heads]
+        if not chosen or phase >= length:
+            continue
+        rows = len(range(phase, length, rate))
+        q, k, v = (x[:, heads, :, phase::rate].reshape(b, len(chosen) * segments, rows, x.shape[-1]) for x in folded)
+        seen = ~hidden[..., phase::rate].expand(b, len(chosen), segments, rows).reshape(b, -1, 1, rows)
+        early = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril() if causal else None
+
+        def visit(start: int, stop: int, k: Tensor = k, v: Tensor = v, seen: Tensor = seen, early: Tensor | None = early) -> list[Piece]:
+            return [Piece(k, v, seen.new_empty(0), seen if early is None else seen & early[start:stop])]
+
+        out, lse = by_rows(q, visit, rows, scale=scale, dropout_p=0.0, seed=None)
+        # back among the rows of the other phases
+        before, after = phase, length - phase - 1 - (rows - 1) * rate
+        out = F.pad(out[..., None, :], (0, 0, 0, rate - 1)).flatten(2, 3)[:, :, : (rows - 1) * rate + 1]
+        lse = F.pad(lse[..., None], (0, rate - 1), value=-math.inf).flatten(2, 3)[:, :, : (rows - 1) * rate + 1]
+        out, lse = F.pad(out, (0, 0, before, after)), F.pad(lse, (before, after), value=-math.inf)
+        outs.append(out.view(b, len(chosen), segments * length, e)[:, :, :n])
+        lses.append(lse.view(b, len(chosen), segments * length)[:, :, :n])
+        order += chosen
+    left = [head for head in range(h) if head not in order]
+    outs.append(value.new_zeros(b, len(left), n, e))
+    lses.append(torch.full((b, len(left), n), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device))
+    places = torch.tensor([*order, *left], device=query.device).argsort()
+    return torch.cat(outs, 1)[:, places], torch.cat(lses, 1)[:, places]
+
+
+def _every_pair(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    branches: Sequence[Branch],
+    once: bool,
+    padding: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    h, n = query.shape[1:3]
+    places = torch.arange(n, device=query.device)
+    offsets = torch.full((len(branches), h, 1, 1), -1, device=query.device)
+    for i, (_, _, phases) in enumerate(branches):
+        for phase, heads in phases:
+            offsets[i, heads] = phase
+
+    def visit(start: int, stop: int) -> list[Piece]:
+        rows = places[start:stop, None]
+        count = torch.zeros(h, stop - start, n, dtype=torch.int64, device=query.device)
+        for (length, rate, _), offset in zip(branches, offsets, strict=True):
+            meet = rows // length == places // length
+            count = count + (meet & (rows % length % rate == offset) & (places % length % rate == offset))
+        seen = (count > 0)[None]
+        if causal:
+            seen = seen & (places <= rows)
+        if padding is not None:
+            seen = seen & ~padding[:, None, None]
+        added = None if once else count.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()
+        return [Piece(key, value, places, seen, added)]
+
+    return by_rows(query, visit, 4 * n, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+class _Mixed(torch.autograd.Function):
+    """Branches by torch's fused call, whose backward takes the joint output and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Branch], causal: bool, scale: float) -> Tensor:
+        out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device)
+        for q, k, v, joint, total in _pieces(branches, query, key, value, out, lse[..., None]):
+            found, own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
+            total = total[..., 0]
+            both = torch.logaddexp(total, own)
+            joint.lerp_(found, (own - both).exp_().to(joint.dtype)[..., None])
+            total.copy_(both)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.how = branches, causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        query, key, value, out, lse = ctx.saved_tensors
+        branches, causal, scale = ctx.how
+        return *_Gradients.apply(grad, query, key, value, out, lse, branches, causal, scale), None, None, None  # type: ignore[no-untyped-call]
+
+
+class _Gradients(torch.autograd.Function):
+    """An operation of its own, so that a second derivative is refused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        branches: Sequence[Branch],
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        results = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+        for q, k, v, joint, total, do, *sums in _pieces(branches, query, key, value, out, lse[..., None], grad, *results):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                do, q, k, v, joint, total[..., 0], 0.0, causal, scale=scale
+            )
+            for gradient, part in zip(sums, found, strict=True):
+                gradient += part
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("the derivative of the gradients of portable dilated attention is not implemented")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        raise NotImplementedError("the derivative of the gradients of portable dilated attention is not implemented")
+
+
+def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Views (heads, segments, rows, D) of (B, H, N, D) tensors that meet in one call: whole segments together, then a short one."""
+    n = tensors[0].shape[2]
+    for length, rate, phases in branches:
+        length = min(length, n)
+        whole = n // length * length
+        for phase, heads in phases:
+            for item in zip(*tensors, strict=True):
+                if phase < length and whole:
+                    yield [_segments(x[heads, :whole], length)[:, :, phase::rate] for x in item]
+                if phase < n - whole:
+                    yield [x[heads, whole + phase :: rate].unsqueeze(1) for x in item]
+
+
+def _segments(x: Tensor, length: int) -> Tensor:
+    """(heads, N, D) as (heads, segments, length, D), always a view."""
+    heads, row, column = x.stride()
+    return x.as_strided((x.shape[0], x.shape[1] // length, length, x.shape[2]), (heads, length * row, row, column), x.storage_offset())
