@@ -10,6 +10,8 @@ RUNS is asked once for all query heads that share the keys, with the first of th
 The online softmax simply goes on from one run into the next (FlashAttention-2, Dao 2023, section 3.1, over a union of runs).
 
 Keys from elsewhere (EXTRA): run 0 reads another key and value tensor, whose row j stands for key `positions[j]`; NOWHERE hides it.
+
+Few queries (SPLIT): programs along axis 1 share the keys, each takes a slice of every run, and `_softmax_split` merges what they leave.
 """
 
 import triton
@@ -116,6 +118,26 @@ def load_extra(ptrs, strides, batch, g, j, in_n, D: tl.constexpr, E: tl.constexp
     return k, v, n, in_n
 
 
+@triton.jit
+def share(length, BLOCK: tl.constexpr):
+    """The slice of a run that this program visits, from and up to, in whole tiles."""
+    each = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(1)) * BLOCK
+    begin = tl.minimum(tl.program_id(1) * each, length)
+    return begin, tl.minimum(begin + each, length)
+
+
+@triton.jit
+def closed(top, total, rescale, MASK: tl.constexpr):
+    """What the accumulator is multiplied by in the end, and the natural log-sum-exp."""
+    # an empty row has acc = 0 and top = -inf already
+    divisor = tl.where(total == 0.0, 1.0, total)
+    if MASK == ADDITIVE:
+        lse = top + tl.log(divisor)
+    else:
+        lse = (top + tl.log2(divisor)) * LN2
+    return rescale / divisor, lse
+
+
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q_ptr,
@@ -160,10 +182,14 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """One tile of queries of one head against all the keys it sees: out and natural log-sum-exp."""
+    """One tile of queries of one head against all the keys it sees: out and natural log-sum-exp.
+
+    SPLIT: against its share of them; `out_ptr` takes accumulators (shares, B, H, Nq, E), `lse_ptr` maxima and sums (2, shares, B, H, Nq).
+    """
     # heavy causal tiles come last in a head, so they are started first
     head = tl.program_id(0) // tiles
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -207,7 +233,10 @@ def forward_kernel(
             v_rows = tl.make_tensor_descriptor(
                 v_base + tl.cast(run, tl.int64) * v_strides[2], [described, E], [stride * v_strides[2], 1], [BLOCK_N, BLOCK_E]
             )
-        for offset in tl.range(0, length, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        begin, stop = 0, length
+        if SPLIT:
+            begin, stop = share(length, BLOCK_N)
+        for offset in tl.range(begin, stop, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
             n, in_n = run + (offset + lane_n) * stride, offset + lane_n < length
             if EXTRA and i == 0:
                 k, v, n, in_n = load_extra(extra_ptrs, extra_strides, batch, g, n, in_n, D, E, BLOCK_D, BLOCK_E)
@@ -249,18 +278,20 @@ def forward_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
             top = higher
 
-    # an empty row has acc = 0 and top = -inf already
-    divisor = tl.where(total == 0.0, 1.0, total)
-    out = acc * (rescale / divisor)[:, None]
-    if MASK == ADDITIVE:
-        lse = top + tl.log(divisor)
+    if SPLIT:
+        parts = tl.num_programs(0) // tiles
+        part = (tl.program_id(1) * parts + head).to(tl.int64) * len_m
+        store_rows(out_ptr + part * E, m, in_m, E, 1, acc, E, BLOCK_E)
+        tl.store(lse_ptr + part + m, top, mask=in_m)
+        tl.store(lse_ptr + (tl.num_programs(1) * parts).to(tl.int64) * len_m + part + m, total, mask=in_m)
     else:
-        lse = (top + tl.log2(divisor)) * LN2
-    tl.store(lse_ptr + head.to(tl.int64) * len_m + m, lse, mask=in_m)
-    if DESCRIPTORS:
-        out_rows = tl.make_tensor_descriptor(
-            out_base + start.to(tl.int64) * out_strides[2], [count, E], [step * out_strides[2], 1], [BLOCK_M, BLOCK_E]
-        )
-        out_rows.store([0, 0], out.to(out_ptr.dtype.element_ty))
-    else:
-        store_rows(out_base, m, in_m, out_strides[2], out_strides[3], out, E, BLOCK_E)
+        factor, lse = closed(top, total, rescale, MASK)
+        out = acc * factor[:, None]
+        tl.store(lse_ptr + head.to(tl.int64) * len_m + m, lse, mask=in_m)
+        if DESCRIPTORS:
+            out_rows = tl.make_tensor_descriptor(
+                out_base + start.to(tl.int64) * out_strides[2], [count, E], [step * out_strides[2], 1], [BLOCK_M, BLOCK_E]
+            )
+            out_rows.store([0, 0], out.to(out_ptr.dtype.element_ty))
+        else:
+            store_rows(out_base, m, in_m, out_strides[2], out_strides[3], out, E, BLOCK_E)

@@ -12,21 +12,19 @@ import triton
 from torch import Tensor
 
 from triton_attn import device
-from triton_attn.kernels import _dropout, _softmax, _softmax_backward, _softmax_walks
-from triton_attn.kernels._softmax_riders import Extras, constants, key_of, padded, riders, score_scale
+from triton_attn.kernels import _dropout, _softmax, _softmax_backward, _softmax_split, _softmax_walks
+from triton_attn.kernels._softmax_choice import BACKWARD_KEY, BACKWARD_QUERY, chosen_tile, forward_tile
+from triton_attn.kernels._softmax_choice import Tiles as Tiles
+from triton_attn.kernels._softmax_riders import Extras, constants, mask_kind, padded, riders, score_scale
 from triton_attn.kernels._softmax_walks import Pattern, Walk
 from triton_attn.reference._dropout import rescale, threshold
-from triton_attn.tiles import Space, Tile, find
+from triton_attn.tiles import Space, Tile
 
-MODULES = (_softmax, _softmax_backward, _softmax_walks, _dropout)
-FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "forward", "backward_query", "backward_key"
+MODULES = (_softmax, _softmax_backward, _softmax_split, _softmax_walks, _dropout)
 
 
 class GridError(ValueError):
     """More programs than one launch can have."""
-
-
-Tiles = Tile | Mapping[str, Tile] | None
 
 
 def forward(
@@ -46,7 +44,11 @@ def forward(
     lse = torch.empty((b, h, m), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
-    chosen = chosen_tile(tile, FORWARD, spaces, name, query, value, extras)
+    chosen = forward_tile(pattern, tile, spaces, name, query, key_, value, extras)
+    left, state = out, lse
+    if chosen.splits > 1:
+        left = torch.empty((chosen.splits, b, h, m, e), dtype=torch.float32, device=query.device)
+        state = torch.empty((2, chosen.splits, b, h, m), dtype=torch.float32, device=query.device)
     tensors, strides = riders(extras, b, h, g, m, n)
     more, more_strides = _elsewhere(pattern)
     with device.guard(query):
@@ -54,14 +56,14 @@ def forward(
             triton.set_allocator(_allocate)
         for walk in pattern.queries:
             tiles = walk.tiles(m, chosen.block_m)
-            _softmax.forward_kernel[_grid(tiles * b * h)](
+            _softmax.forward_kernel[(*_grid(tiles * b * h), chosen.splits)](
                 query,
                 key_,
                 value,
                 more,
                 *tensors,
-                out,
-                lse,
+                left,
+                state,
                 query.stride(),
                 key_.stride(),
                 value.stride(),
@@ -78,10 +80,26 @@ def forward(
                 rescale(extras.dropout_p),
                 walk.numbers,
                 EXTRA=pattern.elsewhere is not None,
+                SPLIT=chosen.splits > 1,
                 DESCRIPTORS=descriptors,
                 WARP_SPECIALIZE=chosen.warp_specialize,
                 **constants(walk, query, value, extras),
                 **_launch(chosen),
+            )
+        if chosen.splits > 1:
+            _softmax_split.merge_kernel[_grid(b * h * m)](
+                left,
+                state,
+                out,
+                lse,
+                b * h * m,
+                chosen.splits,
+                rescale(extras.dropout_p),
+                MASK=mask_kind(extras),
+                E=e,
+                BLOCK_E=padded(e),
+                BLOCK_S=_softmax_split.AT_ONCE,
+                enable_fp_fusion=True,
             )
     return out, lse
 
@@ -277,15 +295,6 @@ def _elsewhere(pattern: Pattern) -> tuple[tuple[Tensor | None, ...], tuple[tuple
     if more is None:
         return (None, None, None), ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0))
     return (more.key, more.value, more.positions), (more.key.stride(), more.value.stride(), more.positions.stride())
-
-
-def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, query: Tensor, value: Tensor, extras: Extras) -> Tile:
-    """The tile asked for, or the one that tables have for this call."""
-    if isinstance(tile, Tile):
-        return tile
-    if tile is not None and launch in tile:
-        return tile[launch]
-    return find(f"{name}/{launch}", spaces[launch], key_of(query, value, extras), query)
 
 
 def _launch(tile: Tile) -> dict[str, Any]:

@@ -73,14 +73,14 @@ def riders(extras: Extras, b: int, h: int, g: int, m: int, n: int) -> tuple[tupl
 
 
 def constants(walk: Walk, query: Tensor, value: Tensor, extras: Extras) -> dict[str, Any]:
-    mask, d, e, n = extras.mask, query.shape[-1], value.shape[-1], value.shape[2]
+    d, e, n = query.shape[-1], value.shape[-1], value.shape[2]
     return {
         "OWNS": walk.owns,
         "RUNS": walk.runs,
         "KEEP": walk.keep,
         "EDGES": walk.edges,
         "FOURS": walk.fours,
-        "MASK": _softmax.NO_MASK.value if mask is None else _softmax.BOOLEAN.value if mask.dtype == torch.bool else _softmax.ADDITIVE.value,
+        "MASK": mask_kind(extras),
         "PADDING": extras.key_padding_mask is not None and n > 0,
         "DROPOUT": extras.dropout_p > 0.0,
         "D": d,
@@ -89,6 +89,12 @@ def constants(walk: Walk, query: Tensor, value: Tensor, extras: Extras) -> dict[
         "BLOCK_E": padded(e),
         "PRECISION": "tf32" if key_of(query, value, extras).operands == "tf32" else "ieee",
     }
+
+
+def mask_kind(extras: Extras) -> int:
+    if extras.mask is None:
+        return int(_softmax.NO_MASK.value)
+    return int((_softmax.BOOLEAN if extras.mask.dtype == torch.bool else _softmax.ADDITIVE).value)
 
 
 def score_scale(extras: Extras) -> float:

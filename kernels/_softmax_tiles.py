@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 
-from triton_attn.kernels._softmax_launch import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, MODULES
+from triton_attn.kernels._softmax_choice import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, SPLIT
+from triton_attn.kernels._softmax_launch import MODULES
 from triton_attn.tiles import Key, Space, Tile, ranges
 
 
@@ -73,6 +74,17 @@ def _backward_key(key: Key, most_keys: int) -> Sequence[Tile]:
     return tuple(tile for columns in keys for tile in ranges((64, 32), (columns,), (8, 4), (2, 1)))
 
 
+def _split(key: Key) -> Sequence[Tile]:
+    """The fewest rows that a product has: the call is read from memory, and what it lacks is programs."""
+    if key.operands != "16bit":
+        return tuple(ranges((16,), (32, 16), (4, 8), (2, 1)))
+    return tuple(ranges((16,), (64, 32) if key.width <= 128 else (32, 16), (4, 8), (3, 2, 1)))
+
+
+def _first_split(key: Key) -> Tile:
+    return Tile(16, 32 if key.operands == "16bit" else 16, 4, 1)
+
+
 def _first(key: Key) -> Tile:
     """Small enough for 99 KiB of shared memory at any width."""
     if key.operands != "16bit":
@@ -85,6 +97,7 @@ def by_pointers(pattern: ModuleType) -> dict[str, Space]:
     modules = (*MODULES, pattern)
     return {
         FORWARD: Space({(8, 0): _forward_sm80, (9, 0): _forward_sm90}, _first, modules),
+        SPLIT: Space({(8, 0): _split}, _first_split, modules),
         BACKWARD_QUERY: Space(
             {(8, 0): partial(_backward_query, most_rows=64), (9, 0): partial(_backward_query, most_rows=128)}, _first, modules
         ),

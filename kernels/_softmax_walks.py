@@ -41,11 +41,15 @@ class Elsewhere:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The walks over queries own each of them once; `keys` owns every key and visits queries, or is None where no query sees them."""
+    """The walks over queries own each of them once; `keys` owns every key and visits queries, or is None where no query sees them.
+
+    `most`: how many keys a query sees at most, where that is not all of them.
+    """
 
     queries: tuple[Walk, ...]
     keys: Walk | None
     elsewhere: Elsewhere | None = None
+    most: int | None = None
 
 
 @triton.jit

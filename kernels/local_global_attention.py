@@ -114,7 +114,8 @@ def pattern(query: Tensor, global_key: Tensor | None, global_value: Tensor | Non
     if tokens:
         (dense,) = (causal_from(0) if causal else causal_from(n)).queries
         walks.append(Walk(global_rows, dense.runs, dense.edges, dense.keep, (*dense.numbers, tokens), partial(_before, tokens=tokens)))
-    return Pattern(tuple(walks), Walk(consecutive, local_visits, (True, True, False, True), visit_keep, numbers), more)
+    most = n if tokens else min(n, 2 * behind + 1) + numbers[3]
+    return Pattern(tuple(walks), Walk(consecutive, local_visits, (True, True, False, True), visit_keep, numbers), more, most)
 
 
 def local_global_attention(

@@ -86,6 +86,7 @@ def pattern(query: Tensor, key: Tensor, stride: int, phase: int, include_self: b
     return Pattern(
         (Walk(consecutive, runs, (False, True, *more), keep, numbers, fours=False),),
         Walk(residues, visits, (True, False, *more), keep, numbers, partial(_classes, stride=stride), fours=False),
+        most=triton.cdiv(n, stride) + include_self,
     )
 
 

@@ -67,9 +67,9 @@ def pattern(
     subset = Elsewhere(keys, values, positions, Walk(consecutive, causal_visits, (True, False), causal_keep, (shift,), fours=False), True)
     numbers = (shift, positions.shape[2])
     if not include_self:
-        return Pattern((Walk(consecutive, runs, (True,), keep, numbers),), None, subset), None
+        return Pattern((Walk(consecutive, runs, (True,), keep, numbers),), None, subset, positions.shape[2]), None
     walk = Walk(consecutive, runs, (True, True), keep, numbers)
-    return Pattern((walk,), Walk(consecutive, own_visits, (True,), own_keep), subset), taken
+    return Pattern((walk,), Walk(consecutive, own_visits, (True,), own_keep), subset, positions.shape[2] + 1), taken
 
 
 def ordered(indices: Tensor, n: int, padding: Tensor | None) -> tuple[Tensor, Tensor]:

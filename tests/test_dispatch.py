@@ -42,6 +42,9 @@ class OnCuda(torch.Tensor):
     device = property(lambda self: torch.device("cuda", 0))
     is_cuda = property(lambda self: True)
 
+    def view(self, *shape: Any) -> Tensor:
+        return on_cuda(super().view(*shape))
+
 
 def on_cuda(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(OnCuda)

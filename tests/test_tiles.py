@@ -26,7 +26,8 @@ LAUNCH, KEY = "attention/pointers/forward", Key("16bit", 64)
 FIRST = Tile(16, 16, 4, 1)
 
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128, 256), (1, 2, 4, 8), (1, 2, 3, 4, 5)
-LEGAL = st.builds(Tile, st.sampled_from(BLOCKS), st.sampled_from(BLOCKS), st.sampled_from(WARPS), st.sampled_from(STAGES), st.booleans())
+SCHEDULED = (st.sampled_from(WARPS), st.sampled_from(STAGES), st.booleans())
+LEGAL = st.builds(Tile, st.sampled_from(BLOCKS), st.sampled_from(BLOCKS), *SCHEDULED, st.integers(1, 999))
 
 
 @given(LEGAL)
@@ -43,7 +44,7 @@ def mistyped(text: str, at: int, typed: str, cut: int) -> str:
     return text[:at] + typed + text[at + cut :]
 
 
-NEAR_MISSES = st.builds(mistyped, LEGAL.map(str), st.integers(0, 16), st.text(alphabet="01268xws -\n٦", max_size=2), st.integers(0, 2))
+NEAR_MISSES = st.builds(mistyped, LEGAL.map(str), st.integers(0, 16), st.text(alphabet="01268xws/ -\n٦", max_size=2), st.integers(0, 2))
 
 
 def parsed(text: str) -> Tile | None:
@@ -72,6 +73,9 @@ REFUSED = {
     "a negative block": "-64x64 w4 s3",
     "a fraction": "64.0x64 w4 s3",
     "two spaces": "64x64  w4 s3",
+    "one split": "64x64 w4 s3 /1",
+    "a thousand splits": "64x64 w4 s3 /1000",
+    "splits before warp specialisation": "64x64 w4 s3 /2 ws",
     "an unknown rider": "64x64 w4 s3 tma",
     "a line after it": "64x64 w4 s3\n",
     "text around it": "x64x64 w4 s3",

@@ -203,18 +203,22 @@ def explanation(row: Mechanism, tensors: Tensors, options: Options) -> Explanati
     kernel = pick(row, tensors, options)
     reasons = {name: why for name, why in variant_refusals(row, tensors, options).items() if why}
     code = kernel.load()
-    key = code.key(tensors, options)
+    key, splits = code.key(tensors, options), code.splits(tensors, options)
     found = {}
     # variants without a backward of their own share the most general kernel's
     general = row.kernels[-1]
     shared = [] if kernel is general else [(general, launch) for launch in general.launches if launch.gradients]
     for owner, launch in [*((kernel, launch) for launch in kernel.launches), *shared]:
+        if not launch.gradients and launch.shared != (splits > 1):
+            continue
         full = f"{row.name}/{owner.name}/{launch.name}"
         if first.is_cuda:
             tile = tiles.look_up(full, owner.load().spaces[launch.name], key, device.profile(first.device.index))
             found[launch.name] = f"tile {tile.tile}, {tile.source}{', stale' if tile.stale else ''}"
         else:
             found[launch.name] = f"tile {tiles.INTERPRETED}, interpreted"
+        if launch.shared:
+            found[launch.name] += f"; {splits} programs share the keys of each query"
     return Explanation(row.name, path, kernel.name, reasons, found)
 
 

@@ -62,7 +62,8 @@ class Launch:
     """One Triton launch of a kernel, as the tile tables and the compile gate name it."""
 
     name: str
-    gradients: tuple[str, ...] = ()  # of which inputs it computes them; none: the forward launch
+    gradients: tuple[str, ...] = ()  # of which inputs it computes them; none: a forward launch
+    shared: bool = False  # takes the forward launch's place where programs share the keys
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Code:
     backward: Callable[..., Any]
     spaces: Mapping[str, Any]  # launch name -> tiles.Space
     key: Callable[[Tensors, Options], Any]  # -> tiles.Key
+    splits: Callable[[Tensors, Options], int] = lambda tensors, options: 1  # how many programs share the keys of a call
 
 
 @dataclass(frozen=True)

@@ -31,27 +31,34 @@ class TableError(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """`block_m` queries by `block_n` keys, and how the compiler schedules them."""
+    """`block_m` queries by `block_n` keys, how the compiler schedules them, and how many programs share the keys of a forward call.
+
+    Tables leave `splits` at 1: there the launcher counts from the sizes of the call.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     warp_specialize: bool = False
+    splits: int = 1
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{' ws' if self.warp_specialize else ''}"
+        riders = f"{' ws' if self.warp_specialize else ''}{f' /{self.splits}' if self.splits > 1 else ''}"
+        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{riders}"
 
     @classmethod
     def parse(cls, text: str) -> Tile:
         """The inverse of str; ValueError on anything else, powers of two and ranges included."""
-        found = re.fullmatch(r"([1-9][0-9]{1,2})x([1-9][0-9]{1,2}) w([0-9]) s([0-9])( ws)?", text)
+        found = re.fullmatch(r"([1-9][0-9]{1,2})x([1-9][0-9]{1,2}) w([0-9]) s([0-9])( ws)?(?: /([1-9][0-9]{0,2}))?", text)
         if found is None:
             raise ValueError(f"tile is {text!r}; allowed: like '128x64 w4 s3'")
         m, n, warps, stages = (int(found[i]) for i in range(1, 5))
         if {m, n} - {16, 32, 64, 128, 256} or warps not in (1, 2, 4, 8) or not 1 <= stages <= 5:
             raise ValueError(f"tile is {text!r}; allowed: blocks 16 to 256 by powers of two, 1, 2, 4 or 8 warps, 1 to 5 stages")
-        return cls(m, n, warps, stages, bool(found[5]))
+        if found[6] == "1":
+            raise ValueError(f"tile is {text!r}; allowed: splits from 2, or none")
+        return cls(m, n, warps, stages, bool(found[5]), int(found[6] or 1))
 
 
 INTERPRETED = Tile(16, 16, 4, 1)

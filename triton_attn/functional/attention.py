@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn import arguments, operators
+from triton_attn.functional._softmax import LAUNCHES
 from triton_attn.mechanism import Case, Code, Input, Kernel, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
 from triton_attn.portable.attention import attention as portable
 from triton_attn.reference.attention import attention as reference
@@ -74,9 +75,9 @@ def attention(
 
 
 def _pointers() -> Code:
-    from triton_attn.kernels.attention import SPACES, attention, attention_backward, tile_key
+    from triton_attn.kernels.attention import SPACES, attention, attention_backward, splits, tile_key
 
-    return Code(attention, attention_backward, SPACES, tile_key)
+    return Code(attention, attention_backward, SPACES, tile_key, splits)
 
 
 def _descriptors() -> Code:
@@ -97,6 +98,8 @@ def _undescribable(tensors: Tensors, options: Options) -> list[str]:
             reasons.append(f"{name} has strides {tensor.stride()}; bulk copies need rows of 16 aligned bytes")
         elif tensor.device.type != "meta" and tensor.data_ptr() % 16:
             reasons.append(f"{name} does not start at a multiple of 16 bytes")
+    if not reasons and tensors["query"].is_cuda and (splits := _pointers().splits(tensors, options)) > 1:
+        reasons.append(f"{splits} programs share the keys, which bulk copies do not serve")
     return reasons
 
 
@@ -144,7 +147,6 @@ def _probes(width: int, plain: bool) -> tuple[Case, ...]:
     return (_case("everything", 2, 8, 4, 1000, 1100, width - 4, width - 4, **riders),)
 
 
-_LAUNCHES = (Launch("forward"), Launch("backward_query", ("query",)), Launch("backward_key", ("key", "value")))
 _MEASURED = ((8, 0), (8, 6), (8, 9), (9, 0))
 
 ROW = Mechanism(
@@ -156,7 +158,7 @@ ROW = Mechanism(
     bound=bound,
     kernels=(
         Kernel("descriptors", ((9, 0),), _descriptors, (Launch("forward"),), _undescribable),
-        Kernel("pointers", _MEASURED, _pointers, _LAUNCHES),
+        Kernel("pointers", _MEASURED, _pointers, LAUNCHES),
     ),
     inputs={
         "query": Input("b h m d", differentiable=True),
@@ -194,6 +196,8 @@ ROW = Mechanism(
             _case("dropout d64", 4, 16, 16, 4096, 4096, 64, 64, dropout_p=0.1),
             _case("padded keys d64", 8, 16, 16, 2048, 2048, 64, 64, key_padding_mask="suffix"),
             _case("cross d64", 4, 16, 16, 4096, 512, 64, 64),
+            _case("decoding d128", 1, 32, 8, 1, 32768, 128, 128),
+            _case("few queries d96", 1, 8, 8, 77, 1369, 96, 96),
         ),
     },
     peers={"torch SDPA": _sdpa},

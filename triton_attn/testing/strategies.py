@@ -28,7 +28,7 @@ widths = st.sampled_from(WIDTHS)
 layouts = st.sampled_from(inputs.LAYOUTS)
 spreads = st.sampled_from((0.1, 1.0, 8.0))
 seeds = st.integers(0, 2**16)
-tiles = st.builds(Tile, st.sampled_from((16, 32)), st.sampled_from((16, 32)), st.just(4), st.just(1))
+tiles = st.builds(Tile, st.sampled_from((16, 32)), st.sampled_from((16, 32)), st.just(4), st.just(1), splits=st.integers(1, 3))
 
 
 @st.composite
