@@ -49,7 +49,9 @@ def dilated_attention(
         return (out, lse) if return_lse else out
     if g != h:
         key, value = (x.repeat_interleave(h // max(g, 1), 1) for x in (key, value))
-    if key_padding_mask is None and not return_lse and _fused.serves(query, key, value):
+    # joined log-sum-exps err by their own magnitude, for which float64 has no wider type
+    joinable = query.dtype != torch.float64 and _fused.serves(query, key, value)
+    if key_padding_mask is None and not return_lse and joinable:
         return _Mixed.apply(query, key, value, branches, bool(causal), scale)  # type: ignore[no-any-return,no-untyped-call]
     parts = [_branch(query, key, value, branch, key_padding_mask, bool(causal), scale) for branch in branches]
     lse = torch.stack([part[1] for part in parts]).logsumexp(0)
@@ -154,15 +156,15 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Branch], causal: bool, scale: float) -> Tensor:
         out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        lse = torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device)
+        # a log-sum-exp is rounded by the torch call that gives it; in float64 joining rounds it no further
+        lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64, device=query.device)
         for q, k, v, joint, total in _pieces(branches, query, key, value, out, lse[..., None]):
             found, own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
             total = total[..., 0]
-            both = torch.logaddexp(total, own)
+            both = torch.logaddexp(total, own.double())
             joint.lerp_(found, (own - both).exp_().to(joint.dtype)[..., None])
             total.copy_(both)
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, out, lse.to(torch.promote_types(query.dtype, torch.float32)))
         ctx.how = branches, causal, scale
         return out
 
