@@ -92,12 +92,12 @@ def _first(key: Key) -> Tile:
     return Tile(64, 32, 4, 1) if key.width <= 128 else Tile(32, 32, 4, 1)
 
 
-def by_pointers(pattern: ModuleType) -> dict[str, Space]:
+def by_pointers(pattern: ModuleType, *, split: bool = False) -> dict[str, Space]:
     """The tile spaces of a pattern's launches; its module counts for their hash."""
     modules = (*MODULES, pattern)
     return {
         FORWARD: Space({(8, 0): _forward_sm80, (9, 0): _forward_sm90}, _first, modules),
-        SPLIT: Space({(8, 0): _split}, _first_split, modules),
+        **({SPLIT: Space({(8, 0): _split}, _first_split, modules)} if split else {}),
         BACKWARD_QUERY: Space(
             {(8, 0): partial(_backward_query, most_rows=64), (9, 0): partial(_backward_query, most_rows=128)}, _first, modules
         ),

@@ -147,7 +147,7 @@ def _probes(width: int, plain: bool) -> tuple[Case, ...]:
     return (_case("everything", 2, 8, 4, 1000, 1100, width - 4, width - 4, **riders),)
 
 
-_MEASURED = ((8, 0), (8, 6), (8, 9), (9, 0))
+_COMPILED = ((8, 0), (8, 6), (8, 9), (9, 0))
 
 ROW = Mechanism(
     name="attention",
@@ -158,7 +158,7 @@ ROW = Mechanism(
     bound=bound,
     kernels=(
         Kernel("descriptors", ((9, 0),), _descriptors, (Launch("forward"),), _undescribable),
-        Kernel("pointers", _MEASURED, _pointers, LAUNCHES),
+        Kernel("pointers", _COMPILED, _pointers, (*LAUNCHES, Launch("split", shared=True))),
     ),
     inputs={
         "query": Input("b h m d", differentiable=True),

@@ -122,9 +122,9 @@ def _case(
 
 def _probes(width: int, plain: bool) -> tuple[Case, ...]:
     if plain:
-        return (_case("three branches", 2, 8, 8, 8192, width, width, (1024, 4096, 8192), (1, 4, 8), causal=True),)
+        return (_case("two branches", 2, 8, 8, 4096, width, width, (1024, 4096), (1, 4), causal=True),)
     riders: Options = {"causal": True, "key_padding_mask": "random", "dropout_p": 0.1, "overlap": "unique"}
-    return (_case("everything", 2, 8, 4, 1000, width - 4, width - 4, (96, 160, 300), (1, 2, 3), **riders),)
+    return (_case("everything", 2, 8, 4, 1000, width - 4, width - 4, (96, 300), (1, 3), **riders),)
 
 
 def _one_segment(tensors: Tensors, options: Options) -> Mapping[str, Any]:

@@ -145,7 +145,7 @@ ROW = Mechanism(
             "pointers",
             softmax.COMPILED,
             _pointers,
-            (*softmax.LAUNCHES[:3], Launch("backward_key", ("key", "value", "global_key", "global_value"))),
+            (*softmax.LAUNCHES[:2], Launch("backward_key", ("key", "value", "global_key", "global_value"))),
         ),
     ),
     inputs=softmax.inputs(
