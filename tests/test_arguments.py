@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_attn
-from triton_attn import CATALOG, ArgumentError, Unsupported, attention, device, dispatch, use_backend
+from triton_attn import CATALOG, ArgumentError, Unsupported, arguments, attention, device, dispatch, use_backend
 from triton_attn.arguments import ArgumentTypeError
 from triton_attn.testing import inputs, numerics
 
@@ -287,3 +287,32 @@ def test_the_public_errors_are_catchable_by_torchs_own_names() -> None:
     assert issubclass(triton_attn.ArgumentError, ValueError)
     assert issubclass(ArgumentTypeError, TypeError)
     assert issubclass(triton_attn.Unsupported, NotImplementedError)
+
+
+def test_a_call_that_passed_vouches_for_none_that_differs_in_what_is_checked() -> None:
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    attention(query, key, key)
+    attention(query, key, key, mask=torch.ones(3, 5, dtype=torch.bool))
+    wrong: list[dict[str, Any]] = [
+        {"key": key.half()},
+        {"value": key.to("meta")},
+        {"value": key[:, :, :4]},
+        {"key": key.to_sparse()},
+        {"mask": torch.ones(3, 5, dtype=torch.int32)},
+        {"mask": torch.ones(5, 3, dtype=torch.bool)},
+    ]
+    for change in wrong:
+        with pytest.raises(ArgumentError):
+            attention(**{"query": query, "key": key, "value": key, **change})
+    with torch.autocast("cpu", torch.bfloat16):  # casts both
+        attention(query, key.half(), key)
+    with pytest.raises(ArgumentError):
+        attention(query, key.half(), key)
+
+
+def test_no_more_calls_are_remembered_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "_passed", {})
+    monkeypatch.setattr(arguments, "MOST_PASSED", 3)
+    for length in range(1, 8):
+        attention(*(torch.randn(1, 1, length, 8) for _ in range(3)))
+        assert len(arguments._passed) <= 3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,8 +26,47 @@ class ArgumentTypeError(ArgumentError, TypeError):
     """An argument of a wrong type or dtype."""
 
 
-def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
-    """Check every tensor of a call against its row; return the size of each axis letter. Under autocast, dtypes count as cast."""
+Rules = Callable[[Mechanism, Mapping[str, int]], None]
+
+# sizes of calls that passed: what is checked of a tensor is its shape, dtype and device, so calls that agree in them pass alike
+_passed: dict[Any, dict[str, int]] = {}
+MOST_PASSED = 4096
+
+
+def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None], rules: Rules | None = None) -> Mapping[str, int]:
+    """Check every tensor of a call against its row, and its sizes by `rules`; return the size of each axis letter.
+
+    Under autocast, dtypes count as cast.
+    """
+    seen = None if torch.compiler.is_compiling() else _signature(row, tensors, rules)
+    sizes = _passed.get(seen)
+    if sizes is None:
+        sizes = _checked(row, tensors)
+        if rules is not None:
+            rules(row, sizes)
+        if seen is not None:
+            if len(_passed) >= MOST_PASSED:
+                _passed.clear()
+            _passed[seen] = sizes
+    return sizes
+
+
+def _signature(row: Mechanism, tensors: Mapping[str, torch.Tensor | None], rules: Rules | None) -> Any:
+    """All that `check` looks at; None for tensors that are no plain dense ones."""
+    found: list[Any] = [row.name, rules]
+    for tensor in tensors.values():
+        if tensor is None:
+            found.append(None)
+        elif type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_nested:
+            if len(found) == 2:
+                found.append(autocast_dtype(tensor.device.type))
+            found += (tensor.shape, tensor.dtype, tensor.device)
+        else:
+            return None
+    return tuple(found)
+
+
+def _checked(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     first: tuple[str, torch.Tensor] | None = None
     cast, dtype = None, torch.float32

@@ -35,13 +35,15 @@ def inputs(keys: str = "n", **more: Input) -> dict[str, Input]:
     }
 
 
-def check(row: Mechanism, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+def check(row: Mechanism, tensors: Mapping[str, Tensor | None]) -> Sizes:
     """Sizes by axis letter; ArgumentError unless dtypes, shapes, heads and widths fit."""
-    sizes = arguments.check(row, tensors)
+    return arguments.check(row, tensors, _fit)
+
+
+def _fit(row: Mechanism, sizes: Sizes) -> None:
     arguments.divides(row, sizes, ("g", "key"), ("h", "query"))
     arguments.within(row, "query", "width", sizes["d"], 1, WIDEST)
     arguments.within(row, "value", "width", sizes["e"], 1, WIDEST)
-    return sizes
 
 
 def common_options(row: Mechanism, sizes: Sizes, causal: bool | str, scale: float | None, dropout_p: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn import arguments, operators
+from triton_attn.functional import _softmax as softmax
 from triton_attn.functional._softmax import LAUNCHES
 from triton_attn.mechanism import Case, Code, Input, Kernel, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
 from triton_attn.portable.attention import attention as portable
@@ -60,10 +61,7 @@ def attention(
     """
     tensors: dict[str, Tensor | None]
     tensors = {"query": query, "key": key, "value": value, "mask": mask, "key_padding_mask": key_padding_mask, "seed": None}
-    sizes = arguments.check(ROW, tensors)
-    arguments.divides(ROW, sizes, ("g", "key"), ("h", "query"))
-    arguments.within(ROW, "query", "width", sizes["d"], 1, WIDEST)
-    arguments.within(ROW, "value", "width", sizes["e"], 1, WIDEST)
+    sizes = softmax.check(ROW, tensors)
     if mask is not None and mask.ndim < 4:
         tensors["mask"] = mask[(None,) * (4 - mask.ndim)]
     options = {

@@ -86,7 +86,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.ndim == 3
-        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        q, k, v = self._project(query, key, value)
         k, v, added = self._add_keys(k, v)
         causal = is_causal and key_padding_mask is None and not need_weights and not added
         mask, padding = self._masks(None if causal else attn_mask, key_padding_mask, added)
@@ -113,14 +113,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self.out_proj(out if batched else out[:, 0]), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """(..., E) each, in one product where the inputs are one tensor; slices of the result, never copies."""
+        """(N, H, length, head_dim) each, in one product where the inputs are one tensor; views of the result, never copies."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            return self._heads(F.linear(query, weight, bias), 3).unbind(0)
+        return tuple(self._heads(x, 1)[0] for x in self._product(query, key, value, weight, bias))
+
+    def _product(self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """(..., E) each."""
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        if query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, -1)
         e = self.embed_dim
         first, second = (None, None) if bias is None else (bias[:e], bias[e:])
         if key is value:
@@ -128,12 +132,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
 
-    def _heads(self, projected: Tensor, batched: bool) -> Tensor:
-        """(N, H, length, head_dim), a view."""
-        heads = projected.view(*projected.shape[:-1], self.num_heads, self.head_dim)
-        if not batched:
-            return heads.permute(1, 0, 2)[None]
-        return heads.permute(0, 2, 1, 3) if self.batch_first else heads.permute(1, 2, 0, 3)
+    def _heads(self, projected: Tensor, count: int) -> Tensor:
+        """(count, N, H, length, head_dim), a view."""
+        heads = projected.view(*projected.shape[:-1], count, self.num_heads, self.head_dim)
+        if projected.ndim == 2:
+            return heads.permute(1, 2, 0, 3)[:, None]
+        return heads.permute(2, 0, 3, 1, 4) if self.batch_first else heads.permute(2, 1, 3, 0, 4)
 
     def _add_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys and values with the learned one and the zero one behind them, and how many those are."""
