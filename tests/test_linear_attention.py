@@ -116,5 +116,5 @@ def test_causal_needs_as_many_keys_as_queries() -> None:
 
 def test_a_step_takes_one_token() -> None:
     query, key, value = drawn()
-    with pytest.raises(ArgumentError, match="query has shape .* one token"):
+    with pytest.raises(ArgumentError, match=r"query has shape .* one token"):
         linear_attention_step(query, key, value)

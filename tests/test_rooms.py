@@ -7,6 +7,7 @@ import inspect
 import itertools
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -374,7 +375,7 @@ def by_the_row(row: Mechanism) -> list[tuple[Any, ...]]:
         if parts is None:
             found.append((name, kind, default, annotation))
             continue
-        assert annotation == tuple[(torch.Tensor,) * len(parts)] | None
+        assert typing.get_args(typing.get_args(annotation)[0]) == (torch.Tensor,) * len(parts)
         found += [(part, kind, default, torch.Tensor | None) for part in parts]
     return found
 
