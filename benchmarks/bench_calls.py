@@ -34,7 +34,7 @@ def test_call_beside_its_peer(benchmark: Any, row: Mechanism, case: Case, peer: 
     tensors, options = inputs.draw(row, case, dtype=dtype, device=WHERE)
     tensors.pop("seed", None)
     benchmark.extra_info.update(ratio=timing.ratio, peer_milliseconds=timing.peer_milliseconds, path=timing.path)
-    benchmark.pedantic(lambda: row.function(**tensors, **options), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(lambda: row.call(**tensors, **options), rounds=3, warmup_rounds=1)
     beside = f"{timing.milliseconds:.2f} ms, {peer} {timing.peer_milliseconds:.2f} ms, ratio {timing.ratio:.3f}"
     print(f"\n{row.name} {case.name} {direction}: {beside}")
     if timing.path == "portable":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels import _dropout, _softmax, _softmax_backward, _softmax_split, _softmax_walks
+from triton_attn.kernels._grid import grid
 from triton_attn.kernels._softmax_choice import BACKWARD_KEY, BACKWARD_QUERY, chosen_tile, forward_tile
 from triton_attn.kernels._softmax_choice import Tiles as Tiles
 from triton_attn.kernels._softmax_riders import Extras, constants, mask_kind, padded, riders, score_scale
@@ -21,10 +22,6 @@ from triton_attn.reference._dropout import rescale, threshold
 from triton_attn.tiles import Space, Tile
 
 MODULES = (_softmax, _softmax_backward, _softmax_split, _softmax_walks, _dropout)
-
-
-class GridError(ValueError):
-    """More programs than one launch can have."""
 
 
 def forward(
@@ -56,7 +53,7 @@ def forward(
             triton.set_allocator(_allocate)
         for walk in pattern.queries:
             tiles = walk.tiles(m, chosen.block_m)
-            _softmax.forward_kernel[(*_grid(tiles * b * h), chosen.splits)](
+            _softmax.forward_kernel[(*grid(tiles * b * h), chosen.splits)](
                 query,
                 key_,
                 value,
@@ -87,7 +84,7 @@ def forward(
                 **_launch(chosen),
             )
         if chosen.splits > 1:
-            _softmax_split.merge_kernel[_grid(b * h * m)](
+            _softmax_split.merge_kernel[grid(b * h * m)](
                 left,
                 state,
                 out,
@@ -157,7 +154,7 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     if delta.numel():
         tiles = triton.cdiv(m, 64)
         with device.guard(out):
-            _softmax_backward.delta_kernel[_grid(tiles * b * h)](
+            _softmax_backward.delta_kernel[grid(tiles * b * h)](
                 out,
                 grad_out,
                 grad_lse,
@@ -197,7 +194,7 @@ def _query_gradient(
     with device.guard(query):
         for walk in pattern.queries:
             tiles = walk.tiles(m, chosen.block_m)
-            _softmax_backward.backward_query_kernel[_grid(tiles * b * h)](
+            _softmax_backward.backward_query_kernel[grid(tiles * b * h)](
                 query,
                 key_,
                 value,
@@ -252,7 +249,7 @@ def _key_gradients(
     (mask, padding, _, seed), strides = riders(extras, b, h, g, m, n)
     tiles = walk.tiles(n, chosen.block_n)
     with device.guard(query):
-        _softmax_backward.backward_key_kernel[_grid(tiles * b * g)](
+        _softmax_backward.backward_key_kernel[grid(tiles * b * g)](
             query,
             key_,
             value,
@@ -305,12 +302,6 @@ def _launch(tile: Tile) -> dict[str, Any]:
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-
-
-def _grid(programs: int) -> tuple[int]:
-    if programs >= 2**31:
-        raise GridError(f"{programs} programs; a launch has fewer than 2^31, so split the batch")
-    return (programs,)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

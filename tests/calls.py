@@ -36,7 +36,7 @@ class Call:
         return {**dict(zip(self.names, leaves, strict=True)), **self.others, **self.options}
 
     def __call__(self, *leaves: Tensor, **changed: Any) -> Any:
-        return self.row.function(**{**self.arguments(*leaves), **changed})
+        return self.row.call(**{**self.arguments(*leaves), **changed})
 
     @property
     def plain(self) -> tuple[Tensor, ...]:

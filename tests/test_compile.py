@@ -30,7 +30,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 def compiled(call: Call, **how: Any) -> Any:
     """The public function, compiled, as a function of the leaves."""
-    function = torch.compile(call.row.function, fullgraph=True, **how)
+    function = torch.compile(call.row.call, fullgraph=True, **how)
     return lambda *leaves, **changed: function(**{**call.arguments(*leaves), **changed})
 
 
@@ -89,7 +89,7 @@ def test_autocast_is_compiled_inside_of_a_graph_and_around_it(row: Mechanism, ca
 
     def cast(**arguments: Any) -> Any:
         with torch.autocast("cpu", torch.float16):
-            return row.function(**arguments)
+            return row.call(**arguments)
 
     arguments = call.arguments(*call.leaves)
     with use_backend(backend):
@@ -121,13 +121,13 @@ def of_other_lengths(case: Case) -> list[Case]:
 
 def without_a_new_graph(row: Mechanism, case: Case, backend: str, *, training: bool) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    function = torch.compile(row.function, fullgraph=True, backend=counter, dynamic=True)
+    function = torch.compile(row.call, fullgraph=True, backend=counter, dynamic=True)
     graphs = []
     with use_backend(backend):
         for other in of_other_lengths(case):
             call = draw(row, other)
             leaves = call.leaves if training else call.plain
-            found, expected = (seeded(which, **call.arguments(*leaves)) for which in (function, row.function))
+            found, expected = (seeded(which, **call.arguments(*leaves)) for which in (function, row.call))
             assert_same(found, expected, backend)
             if training:
                 assert_same(gradients(found, leaves), gradients(expected, leaves), backend)
@@ -196,7 +196,7 @@ class Exported(torch.nn.Module):
         self.row, self.options = call.row, call.options
 
     def forward(self, tensors: dict[str, Tensor]) -> Any:
-        return self.row.function(**tensors, **self.options)
+        return self.row.call(**tensors, **self.options)
 
 
 def tensors_of(call: Call) -> dict[str, Tensor]:

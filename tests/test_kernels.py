@@ -28,9 +28,7 @@ LAWS = [pytest.param(row, law, id=f"{row.name}-{law.name.lower()}") for row in C
 def _resized(row: Mechanism, case: Case, **sizes: int) -> Case:
     """The case with other sizes, of the axes it has."""
     changed = {axis: sizes.get(axis, size) for axis, size in case.sizes.items()}
-    if row.equal_lengths(case.options):
-        changed["n"] = changed["m"]
-    return Case(case.name, changed, case.options)
+    return Case(case.name, row.fitted(changed, case.options), case.options)
 
 
 def kernels_own(row: Mechanism, kernel: Kernel, case: Case) -> Case:
@@ -78,7 +76,7 @@ def test_law_holds(row: Mechanism, law: Law, backend: str) -> None:
     def call(*, seed: Any = None, **arguments: Any) -> Any:
         torch.manual_seed(3)
         with use_backend(backend):
-            return row.function(**arguments)
+            return row.call(**arguments)
 
     for case in row.cases:
         laws.check(row, law, call, case, exact=backend == "triton")
@@ -129,13 +127,13 @@ def test_strides_beyond_two_to_the_31(row: Mechanism, axis: int) -> None:
 @pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
 def test_padded_keys_may_hold_nan(row: Mechanism, backend: str) -> None:
     tensors, options = inputs.draw(row, next(case for case in row.cases if "key_padding_mask" in case.options))
-    tensors.pop("seed")
+    tensors.pop("seed", None)
     leaves = [x.requires_grad_() for name in row.differentiable if (x := tensors[name]) is not None]
     with use_backend(backend):
-        clean = row.function(**tensors, **options)
+        clean = row.call(**tensors, **options)
         padded = tensors["key_padding_mask"][:, None, :, None]  # type: ignore[index]
         dirty = {name: tensors[name].masked_fill(padded, torch.nan) for name in ("key", "value")}  # type: ignore[union-attr]
-        out = row.function(**{**tensors, **dirty}, **options)
+        out = row.call(**{**tensors, **dirty}, **options)
     assert torch.equal(out, clean)
     for gradient in torch.autograd.grad(out.sum(), leaves):
         assert gradient.isfinite().all()
@@ -160,6 +158,7 @@ def test_expanded_gradients_are_read_through_their_strides(row: Mechanism, kerne
     outputs = code.forward(**tensors, **options, **{row.more: True})
     named = dict(zip(row.outputs, outputs, strict=True))
     ones = torch.ones(()).expand(outputs[0].shape)
-    backward = partial(code.backward, grad_lse=None, **tensors, **named, **options)
+    absent = {f"grad_{name}": None for name in list(row.outputs)[1:]}
+    backward = partial(code.backward, **absent, **tensors, **named, **options)
     for expanded, packed in zip(backward(ones), backward(ones.contiguous()), strict=True):
         assert torch.equal(expanded, packed)

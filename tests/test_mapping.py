@@ -34,9 +34,9 @@ def compare_with_loop(call: Call, changed: dict[str, Tensor], axes: dict[str, in
     second = {**tensors, **{name: another(tensors[name]) for name in axes}}
     given = {name: torch.stack((x, second[name]), axes[name]) if name in axes else x for name, x in tensors.items()}
     with use_backend(backend):
-        found = torch.vmap(lambda given: call.row.function(**given, **call.options), ({name: axes.get(name) for name in given},))(given)
-        first = call.row.function(**tensors, **call.options) if changed else eager(call, backend)[0]
-        assert_same(found, torch.stack((first, call.row.function(**second, **call.options))), backend)
+        found = torch.vmap(lambda given: call.row.call(**given, **call.options), ({name: axes.get(name) for name in given},))(given)
+        first = call.row.call(**tensors, **call.options) if changed else eager(call, backend)[0]
+        assert_same(found, torch.stack((first, call.row.call(**second, **call.options))), backend)
 
 
 @each(fixed)

@@ -7,12 +7,14 @@ import inspect
 import itertools
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from triton_attn import CATALOG, device, tiles
 from triton_attn.mechanism import Case, Kernel, Launch, Mechanism
@@ -365,10 +367,23 @@ def parameters(function: Callable[..., Any]) -> list[tuple[Any, ...]]:
     return [(p.name, p.kind, p.default, p.annotation) for p in every if p.name not in ("seed", "tile")]
 
 
+def by_the_row(row: Mechanism) -> list[tuple[Any, ...]]:
+    """Parameters of the public function, where a tuple of inputs counts as those inputs."""
+    found = []
+    for name, kind, default, annotation in parameters(row.function):
+        parts = row.packed.get(name)
+        if parts is None:
+            found.append((name, kind, default, annotation))
+            continue
+        assert typing.get_args(typing.get_args(annotation)[0]) == (torch.Tensor,) * len(parts)
+        found += [(part, kind, default, torch.Tensor | None) for part in parts]
+    return found
+
+
 @EACH_ROW
 def test_portable_and_reference_take_what_the_public_function_takes(row: Mechanism) -> None:
-    assert parameters(row.portable) == parameters(row.function)
-    assert parameters(row.reference) == parameters(row.function)
+    assert parameters(row.portable) == by_the_row(row)
+    assert parameters(row.reference) == by_the_row(row)
     assert not {"seed", "tile"} & inspect.signature(row.function).parameters.keys()
 
 
@@ -377,14 +392,14 @@ def test_every_kernel_loads_and_takes_what_the_public_function_takes(row: Mechan
     pytest.importorskip("triton")
     for kernel in row.kernels:
         code = kernel.load()
-        assert parameters(code.forward) == parameters(row.function)
+        assert parameters(code.forward) == by_the_row(row)
         assert code.spaces.keys() == {launch.name for launch in kernel.launches}
 
 
 @EACH_ROW
 def test_the_row_and_the_signature_name_the_same_arguments(row: Mechanism) -> None:
     seeds = {name for name, given in row.inputs.items() if given.kind == "seed"}
-    assert {*row.inputs, *row.options, row.more} - seeds == inspect.signature(row.function).parameters.keys()
+    assert {*row.inputs, *row.options, row.more} - seeds == {name for name, *_ in by_the_row(row)}
     assert seeds <= inspect.signature(row.reference).parameters.keys()
 
 
@@ -417,8 +432,7 @@ def test_the_work_model_counts_the_pairs_that_the_reference_sees(row: Mechanism)
         lengths = [axis for axis in case.sizes if axis not in "bhgde"]
         for drawn in itertools.product((0, 1, 2, 5, 8), repeat=len(lengths)):
             sizes = {**case.sizes, **dict(zip(lengths, drawn, strict=True)), "d": 3}
-            if row.equal_lengths(case.options):
-                sizes["n"] = sizes["m"]
+            sizes = row.fitted(sizes, case.options)
             pairs = int(patterns.seen(row, Case(case.name, sizes, case.options)).sum())
             work = row.work(sizes, case.options, 2)
             assert work.flops == 2 * (sizes["d"] + sizes["e"]) * pairs, sizes

@@ -83,7 +83,9 @@ def _checked(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict
             cast = autocast_dtype(tensor.device.type)
             dtype = working_dtype(tensor, cast)
         else:
-            if working_dtype(tensor, cast) != dtype:
+            if given.dtype == "float32":
+                _require_wide(row.name, name, tensor, dtype)
+            elif working_dtype(tensor, cast) != dtype:
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}, {first[0]} has {first[1].dtype}; they must be equal")
             _same_device(row.name, name, tensor, first)
         _fit(row.name, name, given, tensor, sizes)
@@ -186,6 +188,13 @@ def flag(row: Mechanism, argument: str, given: bool) -> bool:
     return given
 
 
+def choice(row: Mechanism, argument: str, given: str, allowed: Sequence[str]) -> str:
+    """One of some names."""
+    if not isinstance(given, str) or given not in allowed:
+        raise ArgumentError(row.name, argument, f"is {given!r}; allowed: {', '.join(map(repr, allowed))}")
+    return given
+
+
 def alignment(row: Mechanism, causal: bool | str, queries: int, keys: int) -> str:
     """Normalise `causal` to "", "top_left" or "bottom_right"; True needs equal lengths, where the two are one."""
     if causal is False:
@@ -213,9 +222,19 @@ def working_dtype(tensor: torch.Tensor, cast: torch.dtype | None) -> torch.dtype
 def autocast(row: Mechanism, tensors: dict[str, torch.Tensor | None], cast: torch.dtype) -> dict[str, torch.Tensor | None]:
     """Checked tensors with the values cast."""
     return {
-        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and row.inputs[name].kind == "values" else tensor
+        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and _cast(row.inputs[name]) else tensor
         for name, tensor in tensors.items()
     }
+
+
+def _cast(given: Input) -> bool:
+    return given.kind == "values" and given.dtype == "like inputs"
+
+
+def _require_wide(function: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    if tensor.dtype != wide:
+        raise ArgumentTypeError(function, name, f"has dtype {tensor.dtype}; allowed: {wide}")
 
 
 def _require_number(row: Mechanism, argument: str, given: object, allowed: str) -> None:

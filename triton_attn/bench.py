@@ -77,13 +77,13 @@ def time_beside(
 ) -> Timing:
     """Time one workload of one row beside one peer."""
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where)
-    tensors.pop("seed")
-    calls: list[Callable[[], Any]] = [partial(function, **tensors, **options) for function in (row.function, row.peers[peer])]
+    tensors.pop("seed", None)
+    calls: list[Callable[[], Any]] = [partial(function, **tensors, **options) for function in (row.call, row.peers[peer])]
     if direction == BOTH:
         leaves = [tensor.requires_grad_() for name in row.differentiable if (tensor := tensors[name]) is not None]
         grad = torch.randn_like(calls[0]())
         calls = [partial(_forward_and_backward, call, leaves, grad) for call in calls]
-    explained = dispatch.explain(row.function, **tensors, **options)
+    explained = dispatch.explain(row.call, **tensors, **options)
     our_times, their_times = interleave(calls[0], calls[1], where, seconds=seconds)
     mine, peers = statistics.median(our_times), statistics.median(their_times)
     path = f"kernel {explained.kernel}" if explained.kernel else explained.path

@@ -89,7 +89,7 @@ def backend() -> str:
     return _local.backend or _known(device.DEFAULT_BACKEND, "environment", "TRITON_ATTN_BACKEND")
 
 
-def choose(row: Mechanism, tensors: Tensors) -> str:
+def choose(row: Mechanism, tensors: Tensors, options: Options | None = None) -> str:
     """ "kernel", "portable" or "reference"; Unsupported if a kernel was insisted on and none may run."""
     asked = backend()
     if asked in ("portable", "reference"):
@@ -97,7 +97,7 @@ def choose(row: Mechanism, tensors: Tensors) -> str:
     first = next(iter(tensors.values()))
     if asked == "auto" and first.device.type == "cpu":
         return "portable"
-    reasons = refusals(row, tensors)
+    reasons = refusals(row, tensors, options)
     if not reasons:
         return "kernel"
     if asked == "triton":
@@ -105,7 +105,7 @@ def choose(row: Mechanism, tensors: Tensors) -> str:
     return "portable"
 
 
-def refusals(row: Mechanism, tensors: Tensors) -> list[str]:
+def refusals(row: Mechanism, tensors: Tensors, options: Options | None = None) -> list[str]:
     """Why no kernel at all may run; what one variant lacks another may have (see `pick`)."""
     name, first = next(iter(tensors.items()))
     reasons = []
@@ -113,6 +113,8 @@ def refusals(row: Mechanism, tensors: Tensors) -> list[str]:
         why = _gpu_refusal(first.device.index)
         if why:
             reasons.append(why)
+        if options is not None:  # what the most general kernel refuses, all of them do
+            reasons += row.kernels[-1].refuses(tensors, options)
     elif first.device.type != "cpu" or not _interpreting():
         reasons.append(f"{name} is on {first.device.type}; kernels run on CUDA, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1)")
     elif first.dtype == torch.bfloat16 and not device.interpreter_computes_bfloat16:
@@ -201,10 +203,10 @@ def explanation(row: Mechanism, tensors: Tensors, options: Options) -> Explanati
     from triton_attn import tiles
 
     asked = backend()
-    path = choose(row, tensors)
+    path = choose(row, tensors, options)
     first = next(iter(tensors.values()))
     if path != "kernel":
-        why = (f"{asked} was asked for",) if asked == path else tuple(refusals(row, tensors)) or ("auto takes portable on a CPU",)
+        why = (f"{asked} was asked for",) if asked == path else tuple(refusals(row, tensors, options)) or ("auto takes portable on a CPU",)
         return Explanation(row.name, path, reasons={"a kernel": why})
     kernel = pick(row, tensors, options)
     reasons = {name: why for name, why in variant_refusals(row, tensors, options).items() if why}
@@ -228,11 +230,11 @@ def explanation(row: Mechanism, tensors: Tensors, options: Options) -> Explanati
     return Explanation(row.name, path, kernel.name, reasons, found)
 
 
-def warn_once(row: Mechanism, tensors: Tensors) -> None:
+def warn_once(row: Mechanism, tensors: Tensors, options: Options) -> None:
     """Say why a call on a GPU took its portable path without having been asked to. torch.compile refuses warnings."""
     if backend() != "auto" or torch.compiler.is_compiling():
         return
-    text = f"triton_attn.{row.name} takes its portable path: {'; '.join(refusals(row, tensors))}"
+    text = f"triton_attn.{row.name} takes its portable path: {'; '.join(refusals(row, tensors, options))}"
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=4)

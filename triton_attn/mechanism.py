@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, Literal
 
 Sizes = Mapping[str, int]
@@ -18,13 +19,14 @@ Tensors = Mapping[str, Any]  # name -> torch.Tensor or None; `Any`, because this
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor argument: its axes, and what its values are. Masks, padding, seeds and what is `optional` may be absent."""
+    """A tensor argument: its axes, what its values are, and their dtype. Masks, padding, seeds and what is `optional` may be absent."""
 
     axes: str
     kind: Literal["values", "mask", "padding", "index", "seed"] = "values"
     differentiable: bool = False
     optional: bool = False
     into: str = ""  # the axis that an index points into
+    dtype: Literal["like inputs", "float32"] = "like inputs"  # float32 is float64 beside float64, and no autocast casts it
 
     @property
     def required(self) -> bool:
@@ -100,6 +102,7 @@ class Law(Enum):
     PADDING_CHANGES_NOTHING = "appended keys that are masked change no bit"
     KEY_ORDER_CHANGES_NOTHING = "permuting keys and values together changes nothing"
     BATCH_CHANGES_NOTHING = "an item alone gives the bits it gives in a batch"
+    RESUMES = "one call is two, the second beginning with the state of the first"
     REDUCES_TO_ATTENTION = "with the arguments that leave nothing out it is dense attention"
 
 
@@ -136,7 +139,32 @@ class Mechanism:
     equal_lengths: Callable[[Options], bool] = lambda options: options.get("causal") is True  # whether m must be n
     reduction: Reduction | None = None
     exact_pairs: bool = True  # whether `work` counts each pair that the reference sees once, whatever the values of indices
+    derived: Callable[[Sizes, Options], Sizes] = lambda sizes, options: {}  # axes that follow from other axes
+    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # arguments of `function` that are tuples of inputs
+    backward_share: float = 2.5  # products of a backward pass, as a multiple of the forward's
 
     @property
     def differentiable(self) -> tuple[str, ...]:
         return tuple(name for name, given in self.inputs.items() if given.differentiable)
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """`function` by the names of the row: inputs apart from each other, outputs in one tuple. Others have such signatures."""
+        if not self.packed:
+            return self.function
+        return partial(_call_packed, self.function, self.packed, self.more)
+
+    def fitted(self, sizes: Sizes, options: Options) -> dict[str, int]:
+        """Sizes that belong together, from sizes that need not."""
+        fitted = dict(sizes)
+        if self.equal_lengths(options):
+            fitted["n"] = fitted["m"]
+        return {**fitted, **self.derived(fitted, options)}
+
+
+def _call_packed(function: Callable[..., Any], packed: Mapping[str, tuple[str, ...]], more: str, **arguments: Any) -> Any:
+    for name, parts in packed.items():
+        given = tuple(arguments.pop(part, None) for part in parts)
+        arguments[name] = None if all(part is None for part in given) else given
+    returned = function(**arguments)
+    return (returned[0], *returned[1]) if arguments.get(more) else returned

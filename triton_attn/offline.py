@@ -255,12 +255,12 @@ def _probe(
 ) -> list[Usage]:
     """Compile one call: every kernel that it launches; none where the kernel refuses it."""
     tensors, options = inputs.meta(row, case, DTYPES[key.operands])
-    if kernel.refuses(tensors, options):
-        return []
     code = kernel.load()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if key.operands == "float32" else "high")
     try:
+        if kernel.refuses(tensors, options):
+            return []
         with compiling_for(capability) as compiled:
             if not launch.gradients:
                 code.forward(**tensors, **options, tile={launch.name: tile})

@@ -42,7 +42,7 @@ def run(row: Mechanism, tensors: dict[str, Any], options: Options, more: bool) -
         tensors = arguments.autocast(row, tensors, cast)
     if dispatch.explaining():
         dispatch.stop_and_explain(row, tensors, options)
-    path = dispatch.choose(row, tensors)
+    path = dispatch.choose(row, tensors, options)
     if options.get("dropout_p"):
         # after everything that can refuse the call: a refused one leaves the generator alone
         tensors["seed"] = draw_seed(first.device)
@@ -50,7 +50,7 @@ def run(row: Mechanism, tensors: dict[str, Any], options: Options, more: bool) -
         outputs = _OPERATORS[row.name](tensors, options)
         return outputs if more else outputs[0]
     if path == "portable" and first.is_cuda:
-        dispatch.warn_once(row, tensors)
+        dispatch.warn_once(row, tensors, options)
     function = row.portable if path == "portable" else row.reference
     if cast is not None:
         # inputs are cast already; nothing inside may be cast again
@@ -135,7 +135,7 @@ class Operator:
         return args[:first], tensors, saved, options, args[-1]
 
     def _fake(self, *args: Any) -> tuple[Tensor, ...]:
-        sizes = self._sizes(dict(zip(self.inputs, args, strict=False)))
+        sizes = self._sizes(dict(zip((*self.inputs, *self.options), args, strict=False)))
         like = args[0]
         return tuple(
             like.new_empty([sizes[axis] for axis in given.axes.split()], dtype=torch.float32 if given.dtype == "float32" else like.dtype)
@@ -155,6 +155,7 @@ class Operator:
         for name, given in self.row.inputs.items():
             if given.required or (given.kind == "values" and shapes[name] is not None):
                 sizes.update(zip(given.axes.split(), getattr(shapes[name], "shape", shapes[name]), strict=True))
+        sizes.update(self.row.derived(sizes, shapes))
         return sizes
 
     def _register_vmap(self) -> None:
@@ -172,8 +173,7 @@ class Operator:
         def backward_flops(*shapes: Any, **kwargs: Any) -> int:
             first = len(self.row.outputs)
             inputs = shapes[first : first + len(self.inputs)]
-            # five products for the forward's two
-            return forward_flops(*inputs, *shapes[2 * first + len(self.inputs) :]) * 5 // 2
+            return int(forward_flops(*inputs, *shapes[2 * first + len(self.inputs) :]) * self.row.backward_share)
 
         for operator, formula in ((self.forward, forward_flops), (self.backward, backward_flops)):
             register_flop_formula(operator.overloadpacket)(formula)

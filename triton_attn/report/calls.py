@@ -36,7 +36,7 @@ def here(row: Mechanism, case: Case, dtype: torch.dtype, where: torch.device) ->
     tensors, options = inputs.meta(row, case, dtype)
     given = {name: tensor for name, tensor in tensors.items() if row.inputs[name].kind != "seed"}
     real = {name: None if tensor is None else torch.empty_like(tensor, device=where) for name, tensor in given.items()}
-    told = dispatch.explain(row.function, **real, **options)
+    told = dispatch.explain(row.call, **real, **options)
     place = device.profile(where.index or 0).name if where.type == "cuda" else where.type
     return Call(row.name, sizes(case), short(dtype), place, told.path, told.kernel, told.tiles, told.reasons)
 
@@ -45,7 +45,7 @@ def on_target(row: Mechanism, case: Case, dtype: torch.dtype, target: str) -> Ca
     """What a GPU of this capability would run, and the table its tiles would come from; ValueError on a bad target."""
     capability = device.capability(target)
     tensors, options = inputs.meta(row, case, dtype)
-    defaults = inspect.signature(row.function).parameters
+    defaults = inspect.signature(row.reference).parameters
     options = {name: options.get(name, defaults[name].default) for name in row.options}
     refusal = device.refusal(capability)
     if dtype == torch.float64:

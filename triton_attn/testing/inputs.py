@@ -32,7 +32,7 @@ def draw(
     spread: float = 1.0,
     layout: str = CONTIGUOUS,
 ) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """(tensors by input name, options) for one call. Options that name a mask or padding say how to draw it."""
+    """(tensors by input name, options) for one call. Options that name an input say how to draw it."""
     generator = torch.Generator().manual_seed(seed)
     wanted, options = _wanted(row, case)
     tensors: dict[str, Tensor | None] = {}
@@ -40,7 +40,8 @@ def draw(
         if how is None:
             tensors[name] = None
         elif given.kind == "values":
-            tensors[name] = laid_out((torch.randn(size, generator=generator) * spread).to(dtype), layout).to(device)
+            drawn = VALUES[how](torch.randn(size, generator=generator) * spread)
+            tensors[name] = laid_out(drawn.to(_dtype(given, dtype)), layout).to(device)
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
         elif given.kind == "index":
@@ -54,12 +55,18 @@ def draw(
 def meta(row: Mechanism, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
     """The same without storage, for the compiler. Nothing is drawn, so sizes may be large."""
     wanted, options = _wanted(row, case)
-    dtypes = {"values": dtype, "seed": torch.int64, "index": torch.int64, "padding": torch.bool}
+    dtypes = {"seed": torch.int64, "index": torch.int64, "padding": torch.bool}
     tensors: dict[str, Tensor | None] = {}
     for name, given, how, size in wanted:
-        kind = dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
+        kind = (
+            _dtype(given, dtype) if given.kind == "values" else dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
+        )
         tensors[name] = None if how is None else torch.empty(size, dtype=kind, device="meta")
     return tensors, options
+
+
+def _dtype(given: Input, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if given.dtype == "float32" else dtype
 
 
 def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tuple[int, ...]]], dict[str, Any]]:
@@ -138,6 +145,7 @@ def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.arange(size[1]) >= lengths
 
 
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": Tensor.abs}
 MASKS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "boolean": _boolean,
     "additive": _additive,

@@ -21,18 +21,27 @@ def check(row: Mechanism, law: Law, call: Call, case: Case, *, seed: int = 0, ex
 
 
 def _rows_sum_to_one(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
-    if options.get("dropout_p"):
-        return  # true on average only
+    if options.get("dropout_p") or not options.get("normalize", True):
+        return  # true on average only, or not at all
+    if any(name in row.inputs for parts in row.packed.values() for name in parts if tensors[name] is not None):
+        return  # what came before has other values
+    if "eps" in row.options:
+        options["eps"] = 0.0
     for name, given in row.inputs.items():
         if given.axes.endswith(" e") and tensors[name] is not None:
             tensors[name] = torch.ones_like(tensors[name])
-    out, lse = call(**tensors, **options, **{row.more: True})
-    seen = (lse > -torch.inf)[..., None].expand(out.shape)
-    _assert_close(row, tensors, options, out, seen.to(out.dtype))
+    out, *more = call(**tensors, **options, **{row.more: True})
+    truth = torch.ones_like(out)
+    if "lse" in row.outputs:
+        lse = dict(zip(list(row.outputs)[1:], more, strict=True))["lse"]
+        truth = truth * (lse > -torch.inf)[..., None]
+    _assert_close(row, tensors, options, out, truth)
 
 
 def _future_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
-    options["causal"] = "top_left"
+    options["causal"] = True if row.options["causal"] == "bool" else "top_left"
+    if row.options["causal"] == "bool" and tensors["query"].shape[2] != tensors["key"].shape[2]:
+        return  # no alignment to choose
     n = tensors["key"].shape[2]
     past = n // 2
     for name in ("query", "key", "value"):
@@ -92,6 +101,28 @@ def _batch_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], 
         _assert_close(row, picked, options, alone, together)
 
 
+def _resumes(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    if not options.get("causal"):
+        return
+    names = [part for parts in row.packed.values() for part in parts]
+    whole, *last = call(**tensors, **options, **{row.more: True})
+    length, timed = whole.shape[2], [name for name, given in row.inputs.items() if given.axes.split()[1:3] in (["h", "m"], ["g", "n"])]
+    for cuts in ((length // 3,), (1, length - 1), (length // 2, length // 2 + 1)):
+        state, found, start = [tensors[name] for name in names], [], 0
+        for stop in (*cuts, length):
+            part = {**tensors, **{name: tensors[name][:, :, start:stop] for name in timed}, **dict(zip(names, state, strict=True))}
+            if tensors.get("key_padding_mask") is not None:
+                part["key_padding_mask"] = tensors["key_padding_mask"][:, start:stop]
+            out, *state = call(**part, **options, **{row.more: True})
+            found.append(out)
+            start = stop
+        _assert_close(row, tensors, options, torch.cat(found, 2), whole)
+        wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
+        size = row.bound(**wide, **{f"grad_{next(iter(row.outputs))}": torch.zeros_like(whole, dtype=torch.float64)}, **options)
+        for name, ours, theirs in zip(list(row.outputs)[1:], state, last, strict=True):
+            numerics.assert_right([numerics.compare(name, ours, theirs, 2 * size[name], dtype=theirs.dtype)])
+
+
 def _reduces_to_attention(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
     assert row.reduction is not None
     if options.get("dropout_p"):
@@ -109,6 +140,7 @@ _CHECKS: Mapping[Law, Callable[[Mechanism, Call, dict[str, Any], dict[str, Any],
     Law.PADDING_CHANGES_NOTHING: _padding_changes_nothing,
     Law.KEY_ORDER_CHANGES_NOTHING: _key_order_changes_nothing,
     Law.BATCH_CHANGES_NOTHING: _batch_changes_nothing,
+    Law.RESUMES: _resumes,
     Law.REDUCES_TO_ATTENTION: _reduces_to_attention,
 }
 
