@@ -58,8 +58,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[int, int, int, int], bool], boo
 def number(options: dict[str, Any], n: int) -> int:
     """What the rule is made of: keys kept, or the length of a block."""
     if "keep_ratio" in options:
-        return max(1, math.ceil(options["keep_ratio"] * n))
-    return int(options.get("block", math.isqrt(n - 1) + 1))
+        return max(1, int(math.ceil(options["keep_ratio"] * n)))
+    return int(options.get("block", math.isqrt(max(n - 1, 0)) + 1))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
