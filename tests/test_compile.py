@@ -136,7 +136,7 @@ def without_a_new_graph(row: Mechanism, case: Case, backend: str, *, training: b
     assert graphs == graphs[:1] * len(graphs)
 
 
-SYMBOLIC = pytest.param("portable", marks=pytest.mark.xfail(reason="hands torch's own call a symbolic enable_gqa"))
+SYMBOLIC = pytest.param("portable", marks=pytest.mark.xfail(strict=False, reason="some cases get a new graph for each length"))
 
 
 @each(fixed)

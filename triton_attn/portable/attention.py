@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from triton_attn.portable._grouped import sdpa
 from triton_attn.portable._rows import Piece, by_rows
 
 
@@ -25,7 +25,7 @@ def attention(
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in O(Nq + Nk) memory. Dropout and lse are beyond torch's call and go by blocks of rows."""
-    (h, m), (g, n) = query.shape[1:3], key.shape[1:3]
+    m, n = query.shape[2], key.shape[2]
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
@@ -49,7 +49,7 @@ def attention(
     if causal and (mask is not None or not from_top):
         early = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(0 if from_top else n - m)
         mask, from_top = _both(mask, early[None, None]), False
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=from_top, scale=scale, enable_gqa=g != h)
+    return sdpa(query, key, value, mask, is_causal=from_top, scale=scale)
 
 
 def _both(mask: Tensor | None, seen: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable import _fused
+from triton_attn.portable._grouped import sdpa
 from triton_attn.portable._rows import Piece, by_rows
 
 
@@ -35,7 +36,7 @@ def strided_attention(
     gridded = None if seen is None else seen[..., taken]
     if not (include_self or causal or dropout_p > 0 or return_lse):
         keys, values = key[:, :, taken], value[:, :, taken]
-        return F.scaled_dot_product_attention(query, keys, values, gridded, scale=scale, enable_gqa=g != h)
+        return sdpa(query, keys, values, gridded, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     plain = key_padding_mask is None and dropout_p == 0 and not return_lse and not torch.compiler.is_compiling()
     columns = torch.arange(n, device=query.device)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable import _fused
+from triton_attn.portable._grouped import sdpa
 from triton_attn.portable._rows import Piece, by_rows
 
 
@@ -39,7 +39,7 @@ def subset_attention(
     keys, values = (x.gather(2, columns[..., None].expand(*columns.shape, x.shape[3])) for x in (key, value))
     every = here.repeat_interleave(h // max(g, 1), 1)[:, :, None]
     if not (include_self or causal or dropout_p > 0 or return_lse):
-        return F.scaled_dot_product_attention(query, keys, values, every, scale=scale, enable_gqa=g != h)
+        return sdpa(query, keys, values, every, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not (causal or dropout_p > 0 or return_lse or shown is not None) and _fused.serves(query, keys, value) and bool(here.all()):
         return _fused.with_own_key(query, keys, values, key, value, ~chosen, scale)
