@@ -84,6 +84,7 @@ def test_every_output_is_compiled(row: Mechanism, case: Case, backend: str) -> N
 
 @each(alone)
 @BOTH
+@pytest.mark.usefixtures("_cast_again")
 def test_autocast_is_compiled_inside_of_a_graph_and_around_it(row: Mechanism, case: Case, backend: str) -> None:
     call = draw(row, case)
 
@@ -136,17 +137,30 @@ def without_a_new_graph(row: Mechanism, case: Case, backend: str, *, training: b
     assert graphs == graphs[:1] * len(graphs)
 
 
-SYMBOLIC = pytest.param("portable", marks=pytest.mark.xfail(strict=False, reason="some cases get a new graph for each length"))
+@pytest.fixture
+def _symbolic(request: pytest.FixtureRequest, row: Mechanism, backend: str) -> None:
+    if backend == "portable" and "lse" in row.outputs:
+        request.applymarker(pytest.mark.xfail(strict=False, reason="some cases get a new graph for each length"))
+
+
+@pytest.fixture
+def _cast_again(request: pytest.FixtureRequest, row: Mechanism, backend: str) -> None:
+    if backend == "portable" and "lse" not in row.outputs:
+        request.applymarker(
+            pytest.mark.xfail(reason="a graph's backward pass is traced under the autocast that its forward had turned off")
+        )
 
 
 @each(fixed)
-@pytest.mark.parametrize("backend", ["triton", SYMBOLIC])
+@BOTH
+@pytest.mark.usefixtures("_symbolic")
 def test_lengths_change_without_a_new_graph(row: Mechanism, case: Case, backend: str) -> None:
     without_a_new_graph(row, case, backend, training=False)
 
 
 @each(alone)
-@pytest.mark.parametrize("backend", ["triton", SYMBOLIC])
+@BOTH
+@pytest.mark.usefixtures("_symbolic")
 def test_lengths_change_without_a_new_graph_in_training(row: Mechanism, case: Case, backend: str) -> None:
     without_a_new_graph(row, case, backend, training=True)
 

@@ -80,9 +80,9 @@ def dilated_attention(
     options = {
         "segment_lengths": lengths,
         "dilation_rates": rates,
-        "mode": arguments.one_of(ROW, "mode", mode, MODES),
-        "offset_rule": arguments.one_of(ROW, "offset_rule", offset_rule, RULES),
-        "overlap": arguments.one_of(ROW, "overlap", overlap, OVERLAPS),
+        "mode": arguments.choice(ROW, "mode", mode, MODES),
+        "offset_rule": arguments.choice(ROW, "offset_rule", offset_rule, RULES),
+        "overlap": arguments.choice(ROW, "overlap", overlap, OVERLAPS),
         **softmax.common_options(ROW, sizes, causal, scale, dropout_p),
     }
     return operators.run(ROW, tensors, options, return_lse)
