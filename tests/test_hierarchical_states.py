@@ -52,12 +52,8 @@ def original_state(*extra: str, prefix: str = "") -> dict[str, Tensor]:
 
 
 def original_block(*extra: str) -> dict[str, Tensor]:
-    rest: dict[str, tuple[int, ...]] = {
-        "ffn.0.weight": (4 * DIM, DIM),
-        "ffn.0.bias": (4 * DIM,),
-        "ffn.3.weight": (DIM, 4 * DIM),
-        "ffn.3.bias": (DIM,),
-    }
+    rest: dict[str, tuple[int, ...]] = {"ffn.0.weight": (4 * DIM, DIM), "ffn.0.bias": (4 * DIM,)}
+    rest |= {"ffn.3.weight": (DIM, 4 * DIM), "ffn.3.bias": (DIM,)}
     rest |= {f"norm{i}.{part}": (DIM,) for i in (1, 2) for part in ("weight", "bias")}
     return original_state(*extra, prefix="attention.") | {name: torch.randn(shape) for name, shape in rest.items()}
 
