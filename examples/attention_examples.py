@@ -36,6 +36,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "strided_attention": lambda: triton_attn.strided_attention(query, key, value, stride=4, include_self=True, **same),
         "local_global_attention": lambda: triton_attn.local_global_attention(query, key, value, window=64, global_tokens=4, **same),
         "subset_attention": lambda: triton_attn.subset_attention(query, key, value, indices=columns, **same),
+        "sparse_attention": lambda: triton_attn.sparse_attention(query, key, value, keep_ratio=0.125, **same),
+        "dilated_attention": lambda: triton_attn.dilated_attention(query, key, value, segment_lengths=[128, 512], dilation_rates=[1, 4]),
         "scaled_dot_product_attention": lambda: triton_attn.scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
 

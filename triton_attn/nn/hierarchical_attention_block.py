@@ -55,9 +55,7 @@ class HierarchicalAttentionBlock(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if attention_type not in TYPES:
-            raise ArgumentError(self.name, "attention_type", f"is {attention_type!r}; allowed: {', '.join(map(repr, TYPES))}")
-        make, allowed = TYPES[attention_type]
+        make, allowed = TYPES[arguments.one_of(self, "attention_type", attention_type, tuple(TYPES))]
         for option in options:
             if option not in allowed:
                 instead = ", ".join(allowed) or "no option"

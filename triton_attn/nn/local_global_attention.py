@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_attn import ArgumentError, arguments, attention, local_global_attention, refusals
+from triton_attn import arguments, attention, local_global_attention, refusals
 from triton_attn.nn._projections import Projections
 
 MODES, COMBINATIONS = ("summary", "first", "topk"), ("joint", "average")
@@ -57,12 +57,11 @@ class LocalGlobalAttention(Projections):
         dtype: Any = None,
     ) -> None:
         super().__init__(dim, num_heads, dropout, device, dtype)
-        for argument, given, allowed in (("global_mode", global_mode, MODES), ("combine", combine, COMBINATIONS)):
-            if given not in allowed:
-                raise ArgumentError(self.name, argument, f"is {given!r}; allowed: {', '.join(map(repr, allowed))}")
+        self.global_mode = arguments.one_of(self, "global_mode", global_mode, MODES)
+        self.combine = arguments.one_of(self, "combine", combine, COMBINATIONS)
         self.local_window = arguments.whole(self, "local_window", local_window, 0)
         self.num_global_tokens = arguments.whole(self, "num_global_tokens", num_global_tokens, int(combine == "average"))
-        self.global_mode, self.combine, self.causal = global_mode, combine, arguments.flag(self, "causal", causal)
+        self.causal = arguments.flag(self, "causal", causal)
         if causal and global_mode != "first":
             asked = f"causal attention with global_mode={global_mode!r}, which looks at the whole sequence"
             refusals.refuse(self.name, asked, "say global_mode='first'")
