@@ -35,8 +35,9 @@ class Inside(CrossMemoryAttention):
         projection: Any = self.out_proj
         rows = heads.transpose(1, 2).flatten(2).flatten(0, 1)
         local = self.local.flatten(0, 1)
-        mixed = torch.addmm(local, rows, projection.weight.mT, beta=1 - RATIO, alpha=RATIO)
-        return (mixed + RATIO * projection.bias).view(self.local.shape)
+        mixed: Tensor = torch.addmm(local, rows, projection.weight.mT, beta=1 - RATIO, alpha=RATIO)
+        bias: Tensor = RATIO * projection.bias
+        return (mixed + bias).view(self.local.shape)
 
 
 @pytest.mark.parametrize("direction", ["forward, no gradient", bench.BOTH])

@@ -1,7 +1,7 @@
 """Which way does the camera pan? Blocks of each mechanism learn it from patches of two photographs, beside dense attention.
 
     pip install 'triton-attn[examples]'     # scikit-learn, whose package has the photographs: nothing is fetched afterwards
-    python examples/hierarchical_video.py [--steps 500] [--mechanisms dense,streamed] [--memory]
+    python examples/hierarchical_video.py [--steps 400] [--mechanisms dense,streamed] [--memory]
 
 A clip is three frames of 32 x 32 pixels that pan over a photograph by one patch of 8 x 8 a frame: left, right, up or down. Training
 clips come from the left 60 % of the photographs, test clips from the rest. "dense", "strided" and "local_global" see a clip as one
@@ -152,7 +152,7 @@ def kept(kind: str, n: int) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default 500)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
     parser.add_argument("--batch", type=int, default=32, help="clips in a step (default 32)")
     parser.add_argument("--test", type=int, default=1000, help="clips to test on (default 1000)")
     parser.add_argument("--mechanisms", default=",".join(STACKS), help=f"some of {','.join(STACKS)}")
