@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "cli": (f"{BELOW} catalog testing.* {WORKERS} report.* __init__", "torch typer rich platformdirs"),
     "__main__": ("cli", ""),
     "__init__": ("arguments catalog dispatch tiles functional.*", ""),
-    "nn.*": ("__init__ refusals nn.*", "torch"),
+    "nn.configuration": ("__init__ nn.*", "torch yaml"),
+    "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ nn.* models.*", "torch"),
     "integrations.*": ("__init__ nn.*", "torch transformers open_clip timm"),
 }

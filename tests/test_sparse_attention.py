@@ -58,7 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[int, int, int, int], bool], boo
 def number(options: dict[str, Any], n: int) -> int:
     """What the rule is made of: keys kept, or the length of a block."""
     if "keep_ratio" in options:
-        return max(1, int(math.ceil(options["keep_ratio"] * n)))
+        return max(1, math.ceil(float(options["keep_ratio"]) * n))
     return int(options.get("block", math.isqrt(max(n - 1, 0)) + 1))
 
 

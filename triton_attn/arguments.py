@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,14 @@ class ArgumentError(ValueError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument of a wrong type or dtype."""
+
+
+class Named(Protocol):
+    """Who complains: a row of the catalogue, a module."""
+
+    @property
+    def name(self) -> str:
+        """As the message has it."""
 
 
 Rules = Callable[[Mechanism, Mapping[str, int]], None]
@@ -120,45 +128,45 @@ def divides(row: Mechanism, sizes: Mapping[str, int], inner: tuple[str, str], ou
         raise ArgumentError(row.name, argument, f"has {sizes[small]} heads, which do not divide {other}'s {sizes[large]}")
 
 
-def within(row: Mechanism, argument: str, what: str, size: int, low: int, high: int) -> None:
+def within(who: Named, argument: str, what: str, size: int, low: int, high: int) -> None:
     """A size inside its range."""
     if not low <= size <= high:
-        raise ArgumentError(row.name, argument, f"has {what} {size}; allowed: {low} to {high}")
+        raise ArgumentError(who.name, argument, f"has {what} {size}; allowed: {low} to {high}")
 
 
-def probability(row: Mechanism, argument: str, given: float) -> float:
+def probability(who: Named, argument: str, given: float) -> float:
     """A number in [0, 1]; NaN is none."""
-    _require_number(row, argument, given, "0 to 1")
+    _require_number(who, argument, given, "0 to 1")
     if not 0.0 <= given <= 1.0:
-        raise ArgumentError(row.name, argument, f"is {given}; allowed: 0 to 1")
+        raise ArgumentError(who.name, argument, f"is {given}; allowed: 0 to 1")
     return float(given)
 
 
-def finite(row: Mechanism, argument: str, given: float) -> float:
+def finite(who: Named, argument: str, given: float) -> float:
     """A number that is neither infinite nor NaN."""
-    _require_number(row, argument, given, "a finite number")
+    _require_number(who, argument, given, "a finite number")
     if not given - given == 0.0:  # NaN for what is not finite; Dynamo takes no math.isfinite of a float that varies
-        raise ArgumentError(row.name, argument, f"is {given}; allowed: a finite number")
+        raise ArgumentError(who.name, argument, f"is {given}; allowed: a finite number")
     return float(given)
 
 
-def whole(row: Mechanism, argument: str, given: int, low: int, high: int | None = None) -> int:
+def whole(who: Named, argument: str, given: int, low: int, high: int | None = None) -> int:
     """A whole number, `low` and more, up to `high` if there is one."""
     allowed = f"a whole number, {low} and more" if high is None else f"a whole number, {low} to {high}"
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
-        raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
+        raise ArgumentTypeError(who.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
     if given < low or (high is not None and given > high):
-        raise ArgumentError(row.name, argument, f"is {given}; allowed: {allowed}")
+        raise ArgumentError(who.name, argument, f"is {given}; allowed: {allowed}")
     return given
 
 
-def whole_numbers(row: Mechanism, argument: str, given: Sequence[int]) -> list[int]:
+def whole_numbers(who: Named, argument: str, given: Sequence[int]) -> list[int]:
     """Whole numbers, 1 and more, at least one of them."""
     allowed = "a sequence of whole numbers, 1 and more"
     if not isinstance(given, (list, tuple)) or not given or any(isinstance(x, bool) or not isinstance(x, int) for x in given):
-        raise ArgumentTypeError(row.name, argument, f"is {given!r}; allowed: {allowed}")
+        raise ArgumentTypeError(who.name, argument, f"is {given!r}; allowed: {allowed}")
     if min(given) < 1:
-        raise ArgumentError(row.name, argument, f"has {min(given)}; allowed: {allowed}")
+        raise ArgumentError(who.name, argument, f"has {min(given)}; allowed: {allowed}")
     return list(given)
 
 
@@ -173,17 +181,17 @@ def inside(row: Mechanism, argument: str, indices: torch.Tensor, size: int) -> N
         raise ArgumentError(row.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
 
 
-def flag(row: Mechanism, argument: str, given: bool) -> bool:
+def flag(who: Named, argument: str, given: bool) -> bool:
     """True or False."""
     if not isinstance(given, bool):
-        raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: True, False")
+        raise ArgumentTypeError(who.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: True, False")
     return given
 
 
-def choice(row: Mechanism, argument: str, given: str, allowed: Sequence[str]) -> str:
+def choice(who: Named, argument: str, given: str, allowed: Sequence[str]) -> str:
     """One of some names."""
     if not isinstance(given, str) or given not in allowed:
-        raise ArgumentError(row.name, argument, f"is {given!r}; allowed: {', '.join(map(repr, allowed))}")
+        raise ArgumentError(who.name, argument, f"is {given!r}; allowed: {', '.join(map(repr, allowed))}")
     return given
 
 
@@ -229,9 +237,9 @@ def _require_wide(function: str, name: str, tensor: torch.Tensor, dtype: torch.d
         raise ArgumentTypeError(function, name, f"has dtype {tensor.dtype}; allowed: {wide}")
 
 
-def _require_number(row: Mechanism, argument: str, given: object, allowed: str) -> None:
+def _require_number(who: Named, argument: str, given: object, allowed: str) -> None:
     if not isinstance(given, (int, float, torch.SymInt, torch.SymFloat)):
-        raise ArgumentTypeError(row.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
+        raise ArgumentTypeError(who.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
 
 
 def _require_dense(function: str, name: str, tensor: object) -> None:

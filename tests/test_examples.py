@@ -1,0 +1,66 @@
+"""The examples do what they say, shortened."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import triton_attn
+from triton_attn import nn
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_mechanism_and_module_has_a_call_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("yaml")
+    assert example("attention_examples").main([]) == 0
+    shown = {re.split(r"[, ]", line)[0] for line in capsys.readouterr().out.splitlines()}
+    assert triton_attn.CATALOG.keys() <= shown
+    assert {f"nn.{name}" for name in nn.__all__} <= shown
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
+def test_the_video_example_learns_and_says_how_well(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    video = example("hierarchical_video")
+    assert video.main(["--steps", "2", "--batch", "4", "--test", "8"]) == 0
+    rows = re.findall(r"^\| (\w+) \| [\d.]+ % \| [\d.]+ \|$", capsys.readouterr().out, re.MULTILINE)
+    assert rows == list(video.STACKS)
+
+
+def test_the_clips_pan_by_one_patch_a_frame_the_way_they_say() -> None:
+    pytest.importorskip("sklearn")
+    video = example("hierarchical_video")
+    patches, ways = video.Clips().draw(64, train=True)
+    across = video.SIDE // video.PATCH
+    grid = patches.view(64, video.FRAMES, across, across, -1)
+    for clip, way in zip(grid, ways.tolist(), strict=True):
+        rows, columns = list(video.WAYS.values())[way]
+        inner = [slice(max(0, step), across + min(0, step)) for step in (rows, columns)]
+        moved = clip[1:].roll((rows, columns), (1, 2))[:, inner[0], inner[1]]
+        torch.testing.assert_close(moved, clip[:-1][:, inner[0], inner[1]])
+
+
+def test_memory_grows_with_the_tokens_and_less_where_fewer_keys_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert example("hierarchical_video").main(["--memory", "--tokens", "256", "512"]) == 0
+    lines = re.findall(r"^\| (\w+) \| ([\d.]+) MiB \| ([\d.]+) MiB \|$", capsys.readouterr().out, re.MULTILINE)
+    kept = {name: (float(small), float(large)) for name, small, large in lines}
+    assert kept.keys() == {"dense", "strided", "local_global", "cross_memory"}
+    assert kept["strided"] < kept["dense"]
+    for small, large in kept.values():
+        assert small < large < 2.1 * small
