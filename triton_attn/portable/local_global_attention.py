@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable import _banded
+from triton_attn.portable._grouped import sdpa
 from triton_attn.portable._rows import Piece, by_rows
+
+SHORT = 256  # a sequence whose every score is cheaper than a loop over heads
 
 
 def local_global_attention(
@@ -56,7 +59,18 @@ def local_global_attention(
         return [piece(0, n, places <= places[start:stop, None] if causal else None)]
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if key_padding_mask is None and dropout_p == 0 and not return_lse and tokens < n and _banded.serves(query, key, value):
+    alone = dropout_p == 0 and not return_lse
+    if alone and n <= SHORT and not torch.compiler.is_compiling():
+        distance = places - places[:, None]
+        seen = (distance >= -half) & (distance <= half) | (places < tokens) | (places[:, None] < tokens)
+        seen = seen & (places <= places[:, None]) if causal else seen
+        if key_padding_mask is not None:
+            seen = seen & ~key_padding_mask[:, None, None]
+        if global_key is not None and global_value is not None:
+            key, value = torch.cat((key, global_key), 2), torch.cat((value, global_value), 2)
+            seen = F.pad(seen, (0, global_key.shape[2]), value=True)
+        return sdpa(query, key, value, seen, scale=scale)
+    if key_padding_mask is None and alone and tokens < n and _banded.serves(query, key, value):
         more = (key[:, :, :tokens], value[:, :, :tokens]) if global_key is None or global_value is None else (global_key, global_value)
         near = _banded.banded(query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:], *more, half, ahead, scale)
         if not tokens:
