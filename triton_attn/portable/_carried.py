@@ -33,7 +33,7 @@ def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: Tensor | None) ->
         # a loop over spans would fix the length in the graph
         return _span(phi_q, phi_k, value, state)
     parts = []
-    for q, k, v in zip(*(x.split(CHUNK * CHUNKS, -2) for x in (phi_q, phi_k, value)), strict=True):
+    for q, k, v in zip(*(torch.split(x, CHUNK * CHUNKS, -2) for x in (phi_q, phi_k, value)), strict=True):
         part, state = _span(q, k, v, state)
         parts.append(part)
     return torch.cat(parts, 3), state
