@@ -10,7 +10,7 @@ def features(x: Tensor, feature_map: str) -> Tensor:
     """phi(x), on the last axis. "crelu" is [relu(x), relu(-x)], twice as wide."""
     if feature_map == "elu":
         # elu(x) + 1 without the cancellation
-        return torch.where(x > 0, x + 1.0, x.clamp(max=0.0).exp())
+        return x.clamp(max=0.0).exp() + x.relu()
     if feature_map == "relu":
         return x.relu()
     if feature_map == "crelu":

@@ -194,13 +194,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def _quadratic(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, **other: Any) -> Any:
-    """The same function with every score in memory: the definition."""
-    if query.shape[2] * key.shape[2] * query.shape[0] * query.shape[1] > 2**28:
-        raise NotImplementedError("the scores of such lengths do not fit")
-    return reference(query, key, value, causal=causal, **other)
-
-
 def _case(name: str, *sizes: int, **options: Any) -> Case:
     made = case(name, *sizes, **options)
     return Case(name, {**made.sizes, "f": count(made.sizes["d"], options.get("feature_map", "elu"))}, options)
@@ -276,7 +269,7 @@ ROW = Mechanism(
             _case("whole 16k", 2, 16, 16, 16384, 16384, 64, 64),
         ),
     },
-    peers={"torch SDPA": _sdpa, "by definition": _quadratic},
+    peers={"torch SDPA": _sdpa},
     laws=(
         Law.ROWS_SUM_TO_ONE,
         Law.FUTURE_CHANGES_NOTHING,
