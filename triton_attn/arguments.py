@@ -38,7 +38,13 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[st
         assert tensor is not None
         if tensor.dtype not in FLOATS:
             raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {_listed(FLOATS)}")
-        if first is None:
+        if given.dtype == "float32":
+            if tensor.dtype not in (torch.float32, tensors[next(iter(row.inputs))].dtype):  # type: ignore[union-attr]
+                wanted = _listed((torch.float32, tensors[next(iter(row.inputs))].dtype))  # type: ignore[union-attr]
+                raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {wanted}")
+            assert first is not None
+            _same_device(row.name, name, tensor, first)
+        elif first is None:
             first = (name, tensor)
             cast = autocast_dtype(tensor.device.type)
             dtype = working_dtype(tensor, cast)
@@ -63,7 +69,7 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict[st
             _fit(row.name, name, given, tensor, sizes)
             if tensor.dtype != torch.bool:
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: torch.bool (True = ignore)")
-        elif given.kind == "index":
+        elif given.kind in ("index", "offsets"):
             _fit(row.name, name, given, tensor, sizes)
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: torch.int32, torch.int64")
@@ -130,13 +136,27 @@ def one_of(row: Mechanism, argument: str, given: str, allowed: Sequence[str]) ->
 
 def inside(row: Mechanism, argument: str, indices: torch.Tensor, size: int) -> None:
     """Indices of 0 to size - 1; asked only where looking costs nothing: of a real tensor on a CPU."""
-    if type(indices) is not torch.Tensor or indices.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if indices.numel() == 0 or torch._C._are_functorch_transforms_active():
+    if not _readable(indices) or indices.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(indices))
     if low < 0 or high >= size:
         raise ArgumentError(row.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
+
+
+def offsets(row: Mechanism, argument: str, given: torch.Tensor, length: int) -> None:
+    """0, then never less than before, then the length; asked only where looking costs nothing."""
+    if not _readable(given):
+        return
+    ends = given.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+        raise ArgumentError(row.name, argument, f"is {ends}; allowed: from 0 to {length}, never less than before")
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether this is a real tensor on a CPU that nothing traces or maps."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def flag(row: Mechanism, argument: str, given: bool) -> bool:
@@ -173,9 +193,13 @@ def working_dtype(tensor: torch.Tensor, cast: torch.dtype | None) -> torch.dtype
 def autocast(row: Mechanism, tensors: dict[str, torch.Tensor | None], cast: torch.dtype) -> dict[str, torch.Tensor | None]:
     """Checked tensors with the values cast."""
     return {
-        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and row.inputs[name].kind == "values" else tensor
+        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and _is_cast(row.inputs[name]) else tensor
         for name, tensor in tensors.items()
     }
+
+
+def _is_cast(given: Input) -> bool:
+    return given.kind == "values" and given.dtype == "like inputs"
 
 
 def _require_number(row: Mechanism, argument: str, given: object, allowed: str) -> None:

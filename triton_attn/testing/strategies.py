@@ -37,7 +37,8 @@ def cases(draw: st.DrawFn, row: Mechanism) -> Case:
     template = draw(st.sampled_from(row.cases))
     groups, members = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     few = {"b": st.integers(1, 2), "h": st.just(groups * members), "g": st.just(groups), "d": widths, "e": widths}
-    sizes = {axis: draw(few.get(axis, lengths)) for axis in template.sizes}
+    few |= {axis: st.sampled_from(sizes) for axis, sizes in row.draws.items()}
+    sizes = dict(row.settle({axis: draw(few.get(axis, lengths)) for axis in template.sizes}))
     if row.equal_lengths(template.options):
         sizes["n"] = sizes["m"]
     return replace(template, sizes=sizes)
