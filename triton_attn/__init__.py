@@ -7,6 +7,7 @@ from triton_attn.functional.attention import attention
 from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
+from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
 from triton_attn.functional.sparse_attention import sparse_attention
 from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
@@ -20,6 +21,8 @@ __all__ = [
     "explain",
     "local_global_attention",
     "scaled_dot_product_attention",
+    "selective_scan",
+    "selective_scan_fn",
     "sparse_attention",
     "strided_attention",
     "subset_attention",
