@@ -55,7 +55,7 @@ def correctness(note: Callable[[dict[str, Any]], None]) -> None:
                         if not kernel.refuses(*inputs.meta(row, case, dtype)):
                             _judge(note, row, kernel, case, dtype, None)
         for kernel, code, launch in launches(row):
-            for key in tiles.every_key():
+            for key in code.spaces[launch.name].entries():
                 for tile in code.spaces[launch.name].of(device.profile(0).capability, key):
                     for probe in row.probes(key.width, key.plain):
                         causal = {"causal": "bottom_right"} if "causal" in probe.options else {}

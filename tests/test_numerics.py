@@ -105,3 +105,18 @@ def test_the_bound_is_no_smaller_than_what_it_bounds() -> None:
     assert (sizes["out"] >= out.abs()).all()
     for name, gradient in zip(ROW.differentiable, gradients, strict=True):
         assert (sizes[name] >= gradient.abs()).all()
+
+
+@pytest.mark.parametrize(("found", "truth"), [(torch.inf, 7e4), (65504.0, 65510.0), (torch.inf, 65510.0)])
+def test_what_the_dtype_cannot_hold_is_infinite(found: float, truth: float) -> None:
+    assert not judged_in_half(found, truth)
+
+
+@pytest.mark.parametrize(("found", "truth"), [(torch.inf, 6e4), (-torch.inf, 7e4), (torch.nan, 7e4), (6e4, 7e4), (torch.inf, -7e4)])
+def test_an_infinity_elsewhere_is_a_fault(found: float, truth: float) -> None:
+    assert judged_in_half(found, truth)
+
+
+def judged_in_half(found: float, truth: float) -> str:
+    one = torch.tensor([truth], dtype=torch.float64)
+    return numerics.compare("out", torch.tensor([found], dtype=torch.float16), one, one.abs(), dtype=torch.float16).fault

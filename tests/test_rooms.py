@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from triton_attn import CATALOG, device, tiles
+from triton_attn import CATALOG, device
 from triton_attn.mechanism import Case, Kernel, Launch, Mechanism
 from triton_attn.testing import patterns
 from triton_attn.tiles import Tile
@@ -362,10 +362,11 @@ def launches() -> Iterator[Any]:
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[Any, ...]]:
-    """Name, kind, default and annotation of each, but for what only implementations take."""
+    """Name, kind, default and annotation of each, but for what only implementations take, or only public functions."""
     every = inspect.signature(function, eval_str=True).parameters.values()
-    assert all(p.kind is p.KEYWORD_ONLY for p in every if p.name in ("seed", "tile"))
-    return [(p.name, p.kind, p.default, p.annotation) for p in every if p.name not in ("seed", "tile")]
+    apart = {"seed", "tile"}.union(*(row.public for row in CATALOG.values() if row.function is function))
+    assert all(p.kind is p.KEYWORD_ONLY for p in every if p.name in apart)
+    return [(p.name, p.kind, p.default, p.annotation) for p in every if p.name not in apart]
 
 
 def by_the_row(row: Mechanism) -> list[tuple[Any, ...]]:
@@ -401,6 +402,7 @@ def test_every_kernel_loads_and_takes_what_the_public_function_takes(row: Mechan
 def test_the_row_and_the_signature_name_the_same_arguments(row: Mechanism) -> None:
     seeds = {name for name, given in row.inputs.items() if given.kind == "seed"}
     assert {*row.inputs, *row.options, row.more} - seeds == {name for name, *_ in by_the_row(row)}
+    assert set(row.public) <= inspect.signature(row.function).parameters.keys()
     assert seeds <= inspect.signature(row.reference).parameters.keys()
 
 
@@ -444,7 +446,7 @@ def test_the_work_model_counts_the_pairs_that_the_reference_sees(row: Mechanism)
 def test_every_launch_has_tiles_for_every_gpu_and_every_key(kernel: Kernel, launch: Launch) -> None:
     pytest.importorskip("triton")
     space = kernel.load().spaces[launch.name]
-    for capability, key in itertools.product(device.LIMITS, tiles.every_key()):
+    for capability, key in itertools.product(device.LIMITS, space.entries()):
         candidates = list(space.of(capability, key))
         assert candidates, (capability, key)
         assert len(set(candidates)) == len(candidates), (capability, key)

@@ -25,7 +25,7 @@ LAUNCHES = [
 def test_every_call_that_a_kernel_serves_finds_a_fresh_tile(target: str, row: Mechanism, kernel: Kernel, launch: Launch) -> None:
     capability = device.capability(target)
     space = kernel.load().spaces[launch.name]
-    for key in tiles.every_key():
+    for key in space.entries():
         if all(kernel.refuses(*inputs.meta(row, case, DTYPES[key.operands])) for case in row.probes(key.width, key.plain)):
             continue
         found = tiles.look_up(f"{row.name}/{kernel.name}/{launch.name}", space, key, device.Profile(target, capability))

@@ -64,7 +64,7 @@ REFUSED = {
     "nothing": "",
     "a block that is no power of two": "48x64 w4 s3",
     "a block of no rows": "0x64 w4 s3",
-    "a block below 16": "8x64 w4 s3",
+    "a block of one": "1x64 w4 s3",
     "a block above 256": "512x64 w4 s3",
     "three warps": "64x64 w3 s3",
     "sixteen warps": "64x64 w16 s3",

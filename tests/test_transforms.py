@@ -194,10 +194,9 @@ def test_a_kernel_saves_its_inputs_and_outputs_and_nothing_else(row: Mechanism, 
 @pytest.mark.parametrize(("backend", "dtype"), [("triton", torch.float16), ("portable", torch.float16), ("portable", torch.bfloat16)])
 def test_autocast_is_casting_by_hand(row: Mechanism, case: Case, backend: str, dtype: torch.dtype) -> None:
     call = draw(row, case)
+    cast = [x.to(dtype) if row.inputs[name].dtype == "like inputs" else x for name, x in zip(call.names, call.leaves, strict=True)]
     with use_backend(backend):
-        by_hand = seeded(
-            call, *(x if row.inputs[name].dtype == "float32" else x.to(dtype) for name, x in zip(call.names, call.leaves, strict=True))
-        )
+        by_hand = seeded(call, *cast)
         with torch.autocast("cpu", dtype):
             out = seeded(call, *call.leaves)
             sdpa = F.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 2, 2))

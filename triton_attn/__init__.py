@@ -8,6 +8,7 @@ from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
+from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
 from triton_attn.functional.sparse_attention import sparse_attention
 from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
@@ -23,6 +24,8 @@ __all__ = [
     "linear_attention_step",
     "local_global_attention",
     "scaled_dot_product_attention",
+    "selective_scan",
+    "selective_scan_fn",
     "sparse_attention",
     "strided_attention",
     "subset_attention",

@@ -85,14 +85,18 @@ def _checked(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict
         assert tensor is not None
         if tensor.dtype not in FLOATS:
             raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {_listed(FLOATS)}")
-        if first is None:
+        if given.dtype != "like inputs":
+            assert first is not None
+            held = dict.fromkeys((torch.promote_types(dtype, torch.float32), *([first[1].dtype] if "or" in given.dtype else [])))
+            if tensor.dtype not in held:
+                raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: {_listed(tuple(held))}")
+            _same_device(row.name, name, tensor, first)
+        elif first is None:
             first = (name, tensor)
             cast = autocast_dtype(tensor.device.type)
             dtype = working_dtype(tensor, cast)
         else:
-            if given.dtype == "float32":
-                _require_wide(row.name, name, tensor, dtype)
-            elif working_dtype(tensor, cast) != dtype:
+            if working_dtype(tensor, cast) != dtype:
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}, {first[0]} has {first[1].dtype}; they must be equal")
             _same_device(row.name, name, tensor, first)
         _fit(row.name, name, given, tensor, sizes)
@@ -112,7 +116,7 @@ def _checked(row: Mechanism, tensors: Mapping[str, torch.Tensor | None]) -> dict
             _fit(row.name, name, given, tensor, sizes)
             if tensor.dtype != torch.bool:
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: torch.bool (True = ignore)")
-        elif given.kind == "index":
+        elif given.kind in ("index", "offsets"):
             _fit(row.name, name, given, tensor, sizes)
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise ArgumentTypeError(row.name, name, f"has dtype {tensor.dtype}; allowed: torch.int32, torch.int64")
@@ -172,13 +176,27 @@ def whole_numbers(who: Named, argument: str, given: Sequence[int]) -> list[int]:
 
 def inside(row: Mechanism, argument: str, indices: torch.Tensor, size: int) -> None:
     """Indices of 0 to size - 1; asked only where looking costs nothing: of a real tensor on a CPU."""
-    if type(indices) is not torch.Tensor or indices.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if indices.numel() == 0 or torch._C._are_functorch_transforms_active():
+    if not _readable(indices) or indices.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(indices))
     if low < 0 or high >= size:
         raise ArgumentError(row.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
+
+
+def offsets(row: Mechanism, argument: str, given: torch.Tensor, length: int) -> None:
+    """0, then never less than before, then the length; asked only where looking costs nothing."""
+    if not _readable(given):
+        return
+    ends = given.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+        raise ArgumentError(row.name, argument, f"is {ends}; allowed: from 0 to {length}, never less than before")
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether this is a real tensor on a CPU that nothing traces or maps."""
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def flag(who: Named, argument: str, given: bool) -> bool:
@@ -222,19 +240,13 @@ def working_dtype(tensor: torch.Tensor, cast: torch.dtype | None) -> torch.dtype
 def autocast(row: Mechanism, tensors: dict[str, torch.Tensor | None], cast: torch.dtype) -> dict[str, torch.Tensor | None]:
     """Checked tensors with the values cast."""
     return {
-        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and _cast(row.inputs[name]) else tensor
+        name: tensor.to(working_dtype(tensor, cast)) if tensor is not None and _is_cast(row.inputs[name]) else tensor
         for name, tensor in tensors.items()
     }
 
 
-def _cast(given: Input) -> bool:
+def _is_cast(given: Input) -> bool:
     return given.kind == "values" and given.dtype == "like inputs"
-
-
-def _require_wide(function: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    wide = torch.promote_types(dtype, torch.float32)
-    if tensor.dtype != wide:
-        raise ArgumentTypeError(function, name, f"has dtype {tensor.dtype}; allowed: {wide}")
 
 
 def _require_number(who: Named, argument: str, given: object, allowed: str) -> None:

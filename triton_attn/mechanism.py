@@ -1,7 +1,7 @@
 """The catalogue's vocabulary: what a mechanism is, takes, gives and costs. A leaf: no torch, no triton.
 
 Axes have one letter each, everywhere in the package: `b` batch, `h` heads, `g` key and value heads, `m` queries, `n` keys,
-`d` query and key width, `e` value width.
+`d` query and key width, `e` value width. In recurrences `l` time, `d` channels, `s` state, `q` sequences, `p` = `q` + 1 their offsets.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ Tensors = Mapping[str, Any]  # name -> torch.Tensor or None; `Any`, because this
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor argument: its axes, what its values are, and their dtype. Masks, padding, seeds and what is `optional` may be absent."""
+    """A tensor argument: its axes, and what its values are. Masks, padding, offsets, seeds and what is `optional` may be absent."""
 
     axes: str
-    kind: Literal["values", "mask", "padding", "index", "seed"] = "values"
+    kind: Literal["values", "mask", "padding", "index", "offsets", "seed"] = "values"
     differentiable: bool = False
     optional: bool = False
-    into: str = ""  # the axis that an index points into
-    dtype: Literal["like inputs", "float32"] = "like inputs"  # float32 is float64 beside float64, and no autocast casts it
+    into: str = ""  # the axis that an index points into, and that offsets divide
+    # no autocast casts what is held in float32, or float64 beside float64; parameters may also have the inputs' own dtype
+    dtype: Literal["like inputs", "float32", "float32 or like inputs"] = "like inputs"
+    sign: int = 0  # of the values worth drawing; 0: either
+    ordered: bool = False  # its gradient lies in memory in its own order of axes
 
     @property
     def required(self) -> bool:
@@ -35,10 +38,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """A returned tensor: its axes, and its dtype where that is not the inputs'."""
+    """A returned tensor: its axes, its dtype where that is not the inputs', and whose order of axes in memory it has."""
 
     axes: str
     dtype: Literal["like inputs", "float32"] = "like inputs"
+    ordered_as: str = ""  # an input; none: contiguous
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,10 @@ class Law(Enum):
     """A property that holds whatever the numbers are; `testing.laws` checks each on every row that names it."""
 
     ROWS_SUM_TO_ONE = "values of one give an output of one"
+    LATER_STEPS_CHANGE_NOTHING = "steps after one change neither its output nor get a gradient from it"
+    RESUMES_ANYWHERE = "two parts, the state handed on, give what the whole gives"
+    PACKED_IS_SEPARATE = "sequences packed into one row give what each gives alone"
+    MASKED_IS_ABSENT = "steps that are masked may hold NaN and could as well be missing"
     FUTURE_CHANGES_NOTHING = "keys after a query change neither its output nor get a gradient from it"
     PADDING_CHANGES_NOTHING = "appended keys that are masked change no bit"
     KEY_ORDER_CHANGES_NOTHING = "permuting keys and values together changes nothing"
@@ -142,6 +150,8 @@ class Mechanism:
     derived: Callable[[Sizes, Options], Sizes] = lambda sizes, options: {}  # axes that follow from other axes
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # arguments of `function` that are tuples of inputs
     backward_share: float = 2.5  # products of a backward pass, as a multiple of the forward's
+    draws: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # sizes worth drawing, of axes that are not as usual
+    public: tuple[str, ...] = ()  # arguments that say how tensors are to be read, and that no implementation sees
 
     @property
     def differentiable(self) -> tuple[str, ...]:

@@ -126,6 +126,14 @@ class Compiled:
 
 
 REPRESENTATIVE = (tiles.Key("16bit", 64), tiles.Key("16bit", 128))
+
+
+def representative(space: tiles.Space) -> tuple[tiles.Key, ...]:
+    """A few keys of a space, for a quick look."""
+    known = tuple(space.entries())
+    return tuple(key for key in REPRESENTATIVE if key in known) or known[:1]
+
+
 DTYPES = {"16bit": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 
 
@@ -144,7 +152,7 @@ def compile_rows(
     tasks = []
     for row, target in product(rows, targets):
         for kernel, launch, space in _launches(row, device.capability(target)):
-            for key in tiles.every_key() if tables or every else REPRESENTATIVE:
+            for key in space.entries() if tables or every else representative(space):
                 full = f"{row.name}/{kernel.name}/{launch.name}"
                 nominal = device.Profile(target, device.capability(target))
                 candidates = space.of(nominal.capability, key) if every else (tiles.look_up(full, space, key, nominal).tile,)
@@ -175,7 +183,7 @@ def choose_tiles(
     for row in rows:
         for kernel, launch, space in _launches(row, device.capability(target)):
             spaces[f"{row.name}/{kernel.name}/{launch.name}"] = space
-            for key in tiles.every_key():
+            for key in space.entries():
                 candidates = tuple(space.of(device.capability(target), key))
                 begun = (start or {}).get(f"{row.name}/{kernel.name}/{launch.name}", {"tiles": {}})["tiles"].get(str(key))
                 candidates = candidates[candidates.index(begun) if begun in candidates else 0 :]

@@ -135,31 +135,40 @@ class Operator:
         return args[:first], tensors, saved, options, args[-1]
 
     def _fake(self, *args: Any) -> tuple[Tensor, ...]:
+        tensors = dict(zip(self.inputs, args, strict=False))
         sizes = self._sizes(dict(zip((*self.inputs, *self.options), args, strict=False)))
         like = args[0]
-        return tuple(
-            like.new_empty([sizes[axis] for axis in given.axes.split()], dtype=torch.float32 if given.dtype == "float32" else like.dtype)
-            for given in self.row.outputs.values()
-        )
+        empty = []
+        for given in self.row.outputs.values():
+            dtype = torch.float32 if given.dtype == "float32" else like.dtype
+            shape = [sizes[axis] for axis in given.axes.split()]
+            empty.append(torch.empty_like(tensors[given.ordered_as]) if given.ordered_as else like.new_empty(shape, dtype=dtype))
+        return tuple(empty)
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         _, tensors, _, _, needs = self._split_backward(args)
         like = next(iter(tensors.values()))
         return tuple(
-            tensors[name].new_empty(tensors[name].shape) if need else like.new_empty(0)
+            (torch.empty_like(tensors[name]) if self.row.inputs[name].ordered else tensors[name].new_empty(tensors[name].shape))
+            if need
+            else like.new_empty(0)
             for name, need in zip(self.row.differentiable, needs, strict=True)
         )
 
     def _sizes(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         sizes: dict[str, Any] = {}
         for name, given in self.row.inputs.items():
-            if given.required or (given.kind == "values" and shapes[name] is not None):
+            if given.required or (given.kind in ("values", "offsets") and shapes[name] is not None):
                 sizes.update(zip(given.axes.split(), getattr(shapes[name], "shape", shapes[name]), strict=True))
         sizes.update(self.row.derived(sizes, shapes))
         return sizes
 
     def _register_vmap(self) -> None:
-        """A mapped axis is folded into the batch, and taken out of the results."""
+        """A mapped axis is folded into the batch, and taken out of the results; a loop, where gradients sum over the batch."""
+        if any(not self.row.inputs[name].axes.startswith("b ") for name in self.row.differentiable):
+            for operator in (self.forward, self.backward):
+                torch.library.register_vmap(operator, _looping(operator), lib=_LIBRARY)
+            return
         axes = [given.axes for given in self.row.inputs.values()]
         outputs = [given.axes for given in self.row.outputs.values()]
         for operator, all_axes, first in ((self.forward, axes, 0), (self.backward, outputs + axes + outputs, len(outputs))):
@@ -254,6 +263,17 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 def _transforming() -> bool:
     """Whether torch.func or forward-mode differentiation is looking."""
     return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+
+
+def _looping(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        calls = []
+        for i in range(info.batch_size):
+            # options have no dimension, lists of them a list of none
+            calls.append(operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True))))
+        return tuple(torch.stack(same) for same in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    return rule
 
 
 def _folding(operator: Callable[..., Any], all_axes: Sequence[str], first: int) -> Callable[..., Any]:

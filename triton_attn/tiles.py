@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,8 @@ class TableError(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """`block_m` queries by `block_n` keys, how the compiler schedules them, and how many programs share the keys of a forward call.
+    """`block_m` queries by `block_n` keys, or channels by steps, how the compiler schedules them, and how many
+    programs share the keys of a forward call.
 
     Tables leave `splits` at 1: there the launcher counts from the sizes of the call.
     """
@@ -50,12 +51,12 @@ class Tile:
     @classmethod
     def parse(cls, text: str) -> Tile:
         """The inverse of str; ValueError on anything else, powers of two and ranges included."""
-        found = re.fullmatch(r"([1-9][0-9]{1,2})x([1-9][0-9]{1,2}) w([0-9]) s([0-9])( ws)?(?: /([1-9][0-9]{0,2}))?", text)
+        found = re.fullmatch(r"([1-9][0-9]{0,2})x([1-9][0-9]{0,2}) w([0-9]) s([0-9])( ws)?(?: /([1-9][0-9]{0,2}))?", text)
         if found is None:
             raise ValueError(f"tile is {text!r}; allowed: like '128x64 w4 s3'")
         m, n, warps, stages = (int(found[i]) for i in range(1, 5))
-        if {m, n} - {16, 32, 64, 128, 256} or warps not in (1, 2, 4, 8) or not 1 <= stages <= 5:
-            raise ValueError(f"tile is {text!r}; allowed: blocks 16 to 256 by powers of two, 1, 2, 4 or 8 warps, 1 to 5 stages")
+        if {m, n} - {2, 4, 8, 16, 32, 64, 128, 256} or warps not in (1, 2, 4, 8) or not 1 <= stages <= 5:
+            raise ValueError(f"tile is {text!r}; allowed: blocks 2 to 256 by powers of two, 1, 2, 4 or 8 warps, 1 to 5 stages")
         if found[6] == "1":
             raise ValueError(f"tile is {text!r}; allowed: splits from 2, or none")
         return cls(m, n, warps, stages, bool(found[5]), int(found[6] or 1))
@@ -78,7 +79,7 @@ class Key:
     @classmethod
     def parse(cls, text: str) -> Key:
         """The inverse of str; ValueError on anything else."""
-        for known in every_key():
+        for known in (*every_key(), *STATE_KEYS):
             if text == str(known):
                 return known
         raise ValueError(f"key is {text!r}; allowed: like '16bit d64' or '16bit d64 masked'")
@@ -96,6 +97,10 @@ def every_key() -> Iterator[Key]:
             yield Key(operands, width, plain)
 
 
+# of a recurrence whose state has this padded width: what rides along costs it little, so tiles are chosen with everything
+STATE_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (16, 64, 256))
+
+
 @dataclass(frozen=True)
 class Space:
     """The tiles of one launch: per capability those worth trying, best guess first, and one that fits every supported GPU."""
@@ -103,6 +108,7 @@ class Space:
     candidates: Mapping[tuple[int, int], Callable[[Key], Sequence[Tile]]]
     first: Callable[[Key], Tile]
     modules: tuple[ModuleType, ...]
+    entries: Callable[[], Iterable[Key]] = lambda: every_key()  # the keys that tables hold
 
     def of(self, capability: tuple[int, int], key: Key) -> Sequence[Tile]:
         """Candidates for a capability: its own, or those of the nearest older one, as sm_86 takes sm_80's."""

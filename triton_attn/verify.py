@@ -99,9 +99,11 @@ def differentiable_run(row: Mechanism, function: Callable[..., Any], *, more: bo
         leaves = {name: tensors[name].detach().requires_grad_() for name in given}
         found_out = function(**{**tensors, **leaves}, **options, **{row.more: more})
         outputs = found_out if more else (found_out,)
-        pairs = [(output, grad) for output, grad in zip(outputs, grads[: len(outputs)], strict=True) if grad is not None]
-        wanted, given_grads = zip(*pairs, strict=True)
-        gradients = torch.autograd.grad(wanted, list(leaves.values()), given_grads, materialize_grads=True)
+        # where every step is masked, or there is none, an output depends on nothing
+        pairs = [(x, grad) for x, grad in zip(outputs, grads[: len(outputs)], strict=True) if grad is not None and x.requires_grad]
+        wanted, given_grads = zip(*pairs, strict=True) if pairs else ((), ())
+        found_in = torch.autograd.grad(wanted, list(leaves.values()), given_grads, materialize_grads=True) if pairs else ()
+        gradients = found_in or [torch.zeros_like(leaf) for leaf in leaves.values()]
         found = dict(zip(given, gradients, strict=True))
         return outputs, [found.get(name, torch.empty(0)) for name in row.differentiable]
 
@@ -124,7 +126,8 @@ def judge(
 ) -> list[numerics.Comparison]:
     """Compare outputs and gradients of `run` with the reference in float64, by every tier; without `more` the first output alone."""
     tensors, options = inputs.draw(row, case, dtype=dtype, device=where, seed=seed, spread=spread, layout=layout)
-    options.setdefault("scale", None)
+    if "scale" in row.options:
+        options.setdefault("scale", None)
     # beside large scores the yardstick is no measure: a log-sum-exp held in float32 errs by its own magnitude
     expected = expect(row, tensors, options, case.sizes, dtype=dtype, seed=seed, statistical=spread <= 1.0, layout=layout, more=more)
     return expected.judge(run, tf32=tf32, borrowed=borrowed)

@@ -4,7 +4,8 @@ from triton_attn.functional.attention import ROW as attention
 from triton_attn.functional.dilated_attention import ROW as dilated_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
+from triton_attn.functional.selective_scan import ROW as selective_scan
 from triton_attn.functional.strided_attention import ROW as strided_attention
 from triton_attn.functional.subset_attention import ROW as subset_attention
 
-ROWS = (attention, strided_attention, local_global_attention, subset_attention, dilated_attention, linear_attention)
+ROWS = (attention, strided_attention, local_global_attention, subset_attention, dilated_attention, linear_attention, selective_scan)

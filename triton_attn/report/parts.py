@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import torch
 
-from triton_attn import device, tiles
+from triton_attn import device
 from triton_attn.bench import Timing, bench
 from triton_attn.mechanism import Mechanism
-from triton_attn.offline import REPRESENTATIVE, Compiled, compile_rows
+from triton_attn.offline import Compiled, compile_rows, representative
 from triton_attn.verify import Verdict, verify
 
 Piece = TypeVar("Piece")
@@ -72,7 +72,8 @@ def launches(rows: Sequence[Mechanism], targets: Sequence[str], *, every_key: bo
     """How many compilations there are with one tile each."""
     capabilities = [device.capability(target) for target in targets]
     built = [kernel for row, known in product(rows, capabilities) for kernel in row.kernels if known in kernel.capabilities]
-    return sum(len(kernel.launches) for kernel in built) * (len(list(tiles.every_key())) if every_key else len(REPRESENTATIVE))
+    spaces = [kernel.load().spaces[launch.name] for kernel in built for launch in kernel.launches]
+    return sum(len(tuple(space.entries() if every_key else representative(space))) for space in spaces)
 
 
 def timings(rows: Sequence[Mechanism], where: torch.device, seconds: float, log: Log) -> Iterator[Timing]:

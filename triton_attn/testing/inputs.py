@@ -40,10 +40,13 @@ def draw(
         if how is None:
             tensors[name] = None
         elif given.kind == "values":
-            drawn = VALUES[how](torch.randn(size, generator=generator) * spread)
-            tensors[name] = laid_out(drawn.to(_dtype(given, dtype)), layout).to(device)
+            values = VALUES[how](torch.randn(size, generator=generator) * spread)
+            values = values.abs() * given.sign if given.sign else values
+            tensors[name] = laid_out(values.to(_held(given, dtype)), layout).to(device)
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
+        elif given.kind == "offsets":
+            tensors[name] = _offsets(size[0], case.sizes[given.into], generator).to(device)
         elif given.kind == "index":
             tensors[name] = _indices(size, case.sizes[given.into], generator).to(device)
         else:
@@ -55,18 +58,13 @@ def draw(
 def meta(row: Mechanism, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
     """The same without storage, for the compiler. Nothing is drawn, so sizes may be large."""
     wanted, options = _wanted(row, case)
-    dtypes = {"seed": torch.int64, "index": torch.int64, "padding": torch.bool}
+    dtypes = {"seed": torch.int64, "index": torch.int64, "offsets": torch.int32, "padding": torch.bool}
     tensors: dict[str, Tensor | None] = {}
     for name, given, how, size in wanted:
-        kind = (
-            _dtype(given, dtype) if given.kind == "values" else dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
-        )
+        kind = dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
+        kind = _held(given, dtype) if given.kind == "values" else kind
         tensors[name] = None if how is None else torch.empty(size, dtype=kind, device="meta")
     return tensors, options
-
-
-def _dtype(given: Input, dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if given.dtype == "float32" else dtype
 
 
 def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tuple[int, ...]]], dict[str, Any]]:
@@ -137,6 +135,17 @@ def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _indices(size: tuple[int, ...], length: int, generator: torch.Generator) -> Tensor:
     """Positions below a length, in any order and some of them twice."""
     return torch.randint(length, size, generator=generator) if length else torch.zeros(*size[:-1], 0, dtype=torch.int64)
+
+
+def _offsets(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """0, the length, and in order between them others, so that some sequences are empty."""
+    inner = torch.randint(length + 1, (max(count - 2, 0),), generator=generator)
+    return torch.cat((torch.zeros(1), inner.sort()[0], torch.full((1,), length)))[:count].to(torch.int32)
+
+
+def _held(given: Input, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an input of a call in `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if given.dtype != "like inputs" else dtype
 
 
 def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from triton_attn.mechanism import Case, Law, Mechanism
 from triton_attn.testing import inputs, numerics
 
 Call = Callable[..., Any]
+TIME = "l"
 
 
 def check(row: Mechanism, law: Law, call: Call, case: Case, *, seed: int = 0, exact: bool = True) -> None:
@@ -88,10 +90,12 @@ def _key_order_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, An
 def _batch_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
     if options.get("dropout_p"):
         return  # entries differ by their index in the batch
-    last = tensors["query"].shape[0] - 1
+    if any(row.inputs[name].kind == "offsets" and x is not None for name, x in tensors.items()):
+        return  # packed sequences are one item
+    last = next(iter(tensors.values())).shape[0] - 1
     together = call(**tensors, **options)[last:]
     picked = {
-        name: x if not isinstance(x, Tensor) or not row.inputs[name].axes.startswith("b") or x.shape[0] == 1 else x[last:]
+        name: x if not isinstance(x, Tensor) or row.inputs[name].axes[:1] not in ("b", "q") or x.shape[0] == 1 else x[last:]
         for name, x in tensors.items()
     }
     alone = call(**picked, **options)
@@ -123,6 +127,106 @@ def _resumes(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[
             numerics.assert_right([numerics.compare(name, ours, theirs, 2 * size[name], dtype=theirs.dtype)])
 
 
+def _in_time(row: Mechanism, name: str) -> int | None:
+    """Which axis of an input is time."""
+    axes = row.inputs[name].axes.split()
+    return axes.index(TIME) if TIME in axes else None
+
+
+def _part(row: Mechanism, tensors: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
+    """The steps from one to another of everything that has steps."""
+    found = dict(tensors)
+    for name, x in tensors.items():
+        axis = _in_time(row, name)
+        if x is not None and axis is not None:
+            found[name] = x.narrow(axis, first, end - first)
+    return found
+
+
+def _steps(row: Mechanism, tensors: Mapping[str, Any]) -> int:
+    name = next(iter(tensors))
+    return int(tensors[name].shape[_in_time(row, name)])
+
+
+def _offsets_of(row: Mechanism, tensors: Mapping[str, Any]) -> str | None:
+    """The name of the offsets of a packed call."""
+    return next((name for name, x in tensors.items() if row.inputs[name].kind == "offsets" and x is not None), None)
+
+
+def _later_steps_change_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    steps = _steps(row, tensors)
+    past = steps // 2
+    timed = [name for name in row.differentiable if tensors[name] is not None and _in_time(row, name) is not None]
+    leaves = {name: tensors[name].requires_grad_() for name in timed}
+    out = call(**tensors, **options).narrow(-1, 0, past)
+    for name, gradient in zip(timed, torch.autograd.grad(out.sum(), tuple(leaves.values())), strict=True):
+        assert not gradient.narrow(_in_time(row, name) or 0, past, steps - past).any(), f"a later {name} gets a gradient"
+    changed = dict(tensors)
+    for name in timed:
+        axis = _in_time(row, name) or 0
+        before, after = tensors[name].detach().split((past, steps - past), axis)
+        changed[name] = torch.cat((before, 2 * after), axis)
+    assert torch.equal(out, call(**changed, **options).narrow(-1, 0, past)), "a later step changed an output"
+
+
+def _resumes_anywhere(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    if _offsets_of(row, tensors):
+        return  # what is packed resumes by sequence
+    steps = _steps(row, tensors)
+    whole, last = call(**tensors, **options, **{row.more: True})
+    for split in sorted({0, 1, steps // 2, steps - 1, steps}):
+        first, state = call(**_part(row, tensors, 0, split), **options, **{row.more: True})
+        rest = {**_part(row, tensors, split, steps), "initial_state": state}
+        second, found = call(**rest, **options, **{row.more: True})
+        _assert_close(row, tensors, options, torch.cat((first, second), -1), whole)
+        _assert_close(row, tensors, options, found, last, 1)
+
+
+def _packed_is_separate(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    name = _offsets_of(row, tensors)
+    if name is None:
+        return
+    together, states = call(**tensors, **options, **{row.more: True})
+    ends = tensors[name].tolist()
+    for number, (first, end) in enumerate(pairwise(ends)):
+        one = {**_part(row, tensors, first, end), name: None}
+        of_sequences = [other for other, given in row.inputs.items() if given.axes.startswith("q ") and tensors[other] is not None]
+        one |= {other: tensors[other][number : number + 1] for other in of_sequences}
+        alone, state = call(**one, **options, **{row.more: True})
+        part = together.narrow(-1, first, end - first)
+        if exact:
+            assert torch.equal(alone, part), "a sequence's output depends on what it is packed with"
+            assert torch.equal(state[0], states[number]), "a sequence's state depends on what it is packed with"
+        else:
+            _assert_close(row, one, options, alone, part)
+            _assert_close(row, one, options, state, states[number : number + 1], 1)
+
+
+def _masked_is_absent(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    masked = next((name for name, given in row.inputs.items() if given.kind == "mask" and tensors[name] is not None), None)
+    if masked is None or _offsets_of(row, tensors):
+        return
+    timed = [name for name in row.differentiable if tensors[name] is not None and _in_time(row, name) is not None]
+    for item in range(tensors[masked].shape[0]):
+        kept = tensors[masked][item]
+        one = {
+            name: x if x is None or row.inputs[name].axes[:1] not in ("b", "q") else x[item : item + 1].detach().clone()
+            for name, x in tensors.items()
+        }
+        short = {name: x if _in_time(row, name) is None or x is None else x[..., kept] for name, x in one.items()}
+        for name in timed:
+            one[name][..., ~kept] = torch.nan
+            one[name].requires_grad_()
+        found, state = call(**one, **options, **{row.more: True})
+        expected, last = call(**{**short, masked: None}, **options, **{row.more: True})
+        assert not found[..., ~kept].any(), "a masked step has an output"
+        _assert_close(row, {**short, masked: None}, options, found[..., kept], expected)
+        _assert_close(row, {**short, masked: None}, options, state, last, 1)
+        for name, gradient in zip(timed, torch.autograd.grad(found.sum() + state.sum(), [one[name] for name in timed]), strict=True):
+            assert gradient.isfinite().all(), f"a masked step's NaN reaches the gradient of {name}"
+            assert not gradient[..., ~kept].any(), f"a masked step gives {name} a gradient"
+
+
 def _reduces_to_attention(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
     assert row.reduction is not None
     if options.get("dropout_p"):
@@ -135,6 +239,10 @@ def _reduces_to_attention(row: Mechanism, call: Call, tensors: dict[str, Any], o
 
 
 _CHECKS: Mapping[Law, Callable[[Mechanism, Call, dict[str, Any], dict[str, Any], bool], None]] = {
+    Law.LATER_STEPS_CHANGE_NOTHING: _later_steps_change_nothing,
+    Law.RESUMES_ANYWHERE: _resumes_anywhere,
+    Law.PACKED_IS_SEPARATE: _packed_is_separate,
+    Law.MASKED_IS_ABSENT: _masked_is_absent,
     Law.ROWS_SUM_TO_ONE: _rows_sum_to_one,
     Law.FUTURE_CHANGES_NOTHING: _future_changes_nothing,
     Law.PADDING_CHANGES_NOTHING: _padding_changes_nothing,
@@ -149,9 +257,12 @@ def _replaced(tensor: Tensor, past: int) -> Tensor:
     return torch.cat((tensor.detach()[:, :, :past], 3 - tensor.detach()[:, :, past:]), 2)
 
 
-def _assert_close(row: Mechanism, tensors: Mapping[str, Any], options: Mapping[str, Any], found: Tensor, truth: Tensor) -> None:
+def _assert_close(
+    row: Mechanism, tensors: Mapping[str, Any], options: Mapping[str, Any], found: Tensor, truth: Tensor, output: int = 0
+) -> None:
     """Two results of equal worth may each err by their bound."""
     wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in tensors.items()}
-    name = next(iter(row.outputs))
-    size = 2 * row.bound(**wide, **{f"grad_{name}": torch.zeros_like(truth, dtype=torch.float64)}, **options)[name]
+    first, name = next(iter(row.outputs)), list(row.outputs)[output]
+    like = next(iter(tensors.values())) if output else truth
+    size = 2 * row.bound(**wide, **{f"grad_{first}": torch.zeros_like(like, dtype=torch.float64)}, **options)[name]
     numerics.assert_right([numerics.compare(name, found, truth, size, dtype=found.dtype)])

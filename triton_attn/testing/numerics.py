@@ -2,7 +2,8 @@
 
 Truth is the reference in float64, the yardstick the reference in the working dtype.
 
-- Tier 0, exact: shape, dtype and device as promised; infinities and NaN exactly where the truth has them.
+- Tier 0, exact: shape, dtype and device as promised; infinities and NaN exactly where the truth has them, and where the dtype's
+  largest number is less than the truth or within its bound: there rounding gives infinity too.
 - Tier 1, componentwise: |error| <= K u S + eta for every element, u being the unit roundoff and S the same formula on magnitudes
   (the mechanism's `bound`). K is 4, and 8 for gradients in float32 and float64, whose sums accumulate in the working precision. What
   is `borrowed`, computed by torch's own call, has 8 throughout in float32: torch 2.13's fused CPU call was seen at 4.9, kernels were not.
@@ -64,7 +65,15 @@ def compare(
     """
     if found.shape != truth.shape:
         return Comparison(name, float("inf"), 0.0, f"{name} has shape {tuple(found.shape)}, not {tuple(truth.shape)}")
+    largest = torch.finfo(found.dtype).max
     found, truth, size = (x.detach().to("cpu", torch.float64) for x in (found, truth, size))
+    unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
+    wide = measured or (gradient and dtype in (torch.float32, torch.float64)) or (borrowed and dtype == torch.float32)
+    factor = FACTOR_WIDE if wide else FACTOR
+    if dtype == torch.float64:
+        factor *= 2  # the truth errs as much
+    overflown = truth.isfinite() & (truth.abs() + factor * unit * size > largest) & (found == truth.sign() * torch.inf)
+    truth = torch.where(overflown, found, truth)
     odd = truth.isfinite() != found.isfinite()
     odd |= ~truth.isfinite() & ~((found == truth) | (found.isnan() & truth.isnan()))
     if odd.any():
@@ -74,11 +83,6 @@ def compare(
     error = (found - truth).masked_fill(~finite, 0.0).abs()
     if error.numel() == 0:
         return Comparison(name, 0.0, 0.0)
-    unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
-    wide = measured or (gradient and dtype in (torch.float32, torch.float64)) or (borrowed and dtype == torch.float32)
-    factor = FACTOR_WIDE if wide else FACTOR
-    if dtype == torch.float64:
-        factor *= 2  # the truth errs as much
     allowed = factor * unit * size.masked_fill(~finite, 0.0) + SMALLEST[dtype]
     shares = error / allowed
     worst = tuple(int(i) for i in torch.unravel_index(shares.argmax(), shares.shape))

@@ -37,5 +37,6 @@ def cases(draw: st.DrawFn, row: Mechanism) -> Case:
     template = draw(st.sampled_from(row.cases))
     groups, members = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     few = {"b": st.integers(1, 2), "h": st.just(groups * members), "g": st.just(groups), "d": widths, "e": widths}
+    few |= {axis: st.sampled_from(sizes) for axis, sizes in row.draws.items()}
     sizes = {axis: draw(few.get(axis, lengths)) for axis in template.sizes}
     return replace(template, sizes=row.fitted(sizes, template.options))
