@@ -191,9 +191,10 @@ def _prefix(part: Tensor, total: Tensor, initial: Tensor | None, lead: int) -> N
     count, block = rows * columns, 512
     blocks = triton.cdiv(count, block)
     strides = (0, 0, 0, 0) if initial is None else initial.stride()
-    _carried.prefix_kernel[grid(batch * heads * blocks)](
-        part, initial, total, strides, heads, lead, blocks, spans, count, columns, BLOCK=block
-    )
+    with device.guard(part):
+        _carried.prefix_kernel[grid(batch * heads * blocks)](
+            part, initial, total, strides, heads, lead, blocks, spans, count, columns, BLOCK=block
+        )
 
 
 def _column(side: Tensor | None) -> Tensor | None:

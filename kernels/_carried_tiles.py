@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from triton_attn.kernels._carried_launch import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, MODULES
-from triton_attn.tiles import Key, Space, Tile, ranges
+from triton_attn.tiles import COMMON_KEYS, Key, Space, Tile, ranges
 
 
 def _candidates(key: Key) -> Sequence[Tile]:
@@ -34,5 +34,5 @@ def _first(key: Key) -> Tile:
 
 def by_pointers(mechanism: ModuleType) -> dict[str, Space]:
     """The tile spaces of a mechanism's launches; its module counts for their hash."""
-    space = Space({(8, 0): _candidates}, _first, (*MODULES, mechanism))
+    space = Space({(8, 0): _candidates}, _first, (*MODULES, mechanism), lambda: COMMON_KEYS)
     return {FORWARD: space, BACKWARD_QUERY: space, BACKWARD_KEY: space}

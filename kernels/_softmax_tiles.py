@@ -12,7 +12,7 @@ from types import ModuleType
 
 from triton_attn.kernels._softmax_choice import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, SPLIT
 from triton_attn.kernels._softmax_launch import MODULES
-from triton_attn.tiles import Key, Space, Tile, ranges
+from triton_attn.tiles import COMMON_KEYS, Key, Space, Tile, every_key, ranges
 
 
 def _wide_operands(key: Key) -> Sequence[Tile]:
@@ -92,17 +92,15 @@ def _first(key: Key) -> Tile:
     return Tile(64, 32, 4, 1) if key.width <= 128 else Tile(32, 32, 4, 1)
 
 
-def by_pointers(pattern: ModuleType, *, split: bool = False) -> dict[str, Space]:
-    """The tile spaces of a pattern's launches; its module counts for their hash."""
-    modules = (*MODULES, pattern)
-    return {
-        FORWARD: Space({(8, 0): _forward_sm80, (9, 0): _forward_sm90}, _first, modules),
-        **({SPLIT: Space({(8, 0): _split}, _first_split, modules)} if split else {}),
-        BACKWARD_QUERY: Space(
-            {(8, 0): partial(_backward_query, most_rows=64), (9, 0): partial(_backward_query, most_rows=128)}, _first, modules
-        ),
-        BACKWARD_KEY: Space({(8, 0): partial(_backward_key, most_keys=16), (9, 0): partial(_backward_key, most_keys=32)}, _first, modules),
+def by_pointers(pattern: ModuleType, *, dense: bool = False) -> dict[str, Space]:
+    """The tile spaces of a pattern's launches; its module counts for their hash. Dense attention has splits and every key."""
+    made = partial(Space, first=_first, modules=(*MODULES, pattern), entries=every_key if dense else lambda: COMMON_KEYS)
+    spaces = {
+        FORWARD: made({(8, 0): _forward_sm80, (9, 0): _forward_sm90}),
+        BACKWARD_QUERY: made({(8, 0): partial(_backward_query, most_rows=64), (9, 0): partial(_backward_query, most_rows=128)}),
+        BACKWARD_KEY: made({(8, 0): partial(_backward_key, most_keys=16), (9, 0): partial(_backward_key, most_keys=32)}),
     }
+    return {**spaces, SPLIT: made({(8, 0): _split}, first=_first_split)} if dense else spaces
 
 
 def by_descriptors(pattern: ModuleType) -> dict[str, Space]:

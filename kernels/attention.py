@@ -17,7 +17,7 @@ from triton_attn.kernels._softmax_walks import FULL, Pattern, causal_from, one_r
 from triton_attn.tiles import Key
 
 POINTERS, DESCRIPTORS = "attention/pointers", "attention/descriptors"
-SPACES = _softmax_tiles.by_pointers(sys.modules[__name__], split=True)
+SPACES = _softmax_tiles.by_pointers(sys.modules[__name__], dense=True)
 DESCRIPTOR_SPACES = _softmax_tiles.by_descriptors(sys.modules[__name__])
 FEW = 16  # rows of the smallest product
 

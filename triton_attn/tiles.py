@@ -97,6 +97,9 @@ def every_key() -> Iterator[Key]:
             yield Key(operands, width, plain)
 
 
+# of patterns beside dense attention tables hold these; other calls take the first tile of their space
+COMMON_KEYS = (*(key for key in every_key() if key.operands == "16bit"), Key("float32", 64), Key("float32", 64, False))
+
 # of a recurrence whose state has this padded width: what rides along costs it little, so tiles are chosen with everything
 STATE_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (16, 64, 256))
 
