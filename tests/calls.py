@@ -93,10 +93,16 @@ def fixed(row: Mechanism) -> list[Case]:
 
 
 def each(choose: Callable[[Mechanism], list[Case]]) -> pytest.MarkDecorator:
-    """Parametrise over (row, case) of every row."""
-    return pytest.mark.parametrize(
-        ("row", "case"), [pytest.param(row, case, id=f"{row.name}-{case.name}") for row in CATALOG.values() for case in choose(row)]
-    )
+    """Parametrise over (row, case) of every row. Rows of the same outputs share their operator's code: what one shows is slow for others."""
+    shown: set[tuple[frozenset[str], frozenset[tuple[str, bool]]]] = set()
+    params = []
+    for row in CATALOG.values():
+        for case in choose(row):
+            kinds = frozenset((row.inputs[name].kind, row.inputs[name].optional) for name, _ in carried(row, case))
+            marks = [pytest.mark.slow] if (frozenset(row.outputs), kinds) in shown else []
+            shown.add((frozenset(row.outputs), kinds))
+            params.append(pytest.param(row, case, id=f"{row.name}-{case.name}", marks=marks))
+    return pytest.mark.parametrize(("row", "case"), params)
 
 
 def seeded(function: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:

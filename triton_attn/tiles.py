@@ -98,7 +98,7 @@ def every_key() -> Iterator[Key]:
 
 
 # of patterns beside dense attention tables hold these; other calls take the first tile of their space
-COMMON_KEYS = (*(key for key in every_key() if key.operands == "16bit"), Key("float32", 64), Key("float32", 64, False))
+COMMON_KEYS = tuple(Key("16bit", width, plain) for width in (64, 128) for plain in (True, False))
 
 # of a recurrence whose state has this padded width: what rides along costs it little, so tiles are chosen with everything
 STATE_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (16, 64, 256))
