@@ -10,6 +10,8 @@ from torch import Tensor
 
 from triton_attn.reference import _dropout
 
+UNDERFLOW = 2.0**-13  # float16's smallest number as a share of its roundoff
+
 
 def attend(
     query: Tensor,
@@ -59,7 +61,8 @@ def bound(
     """S of the componentwise bound |error| <= K u S: attention and its gradients with every term replaced by its magnitude.
 
     A rounding of the scores by u moves a weight p by p (A + E_p[A]), A being the scores of the magnitudes (Higham, "Accuracy and
-    Stability of Numerical Algorithms", section 3.1). float64 in, float64 out.
+    Stability of Numerical Algorithms", section 3.1). Weights and dS are held in the dtype of the products: in float16 what is below its
+    smallest number is lost, which adds UNDERFLOW to each of them, and nothing that counts in other dtypes. float64 in, float64 out.
     """
     group = query.shape[1] // key.shape[1] if key.shape[1] else 1
     wide_key, wide_value = grouped(query, key, value)
@@ -72,7 +75,7 @@ def bound(
     scores = scores.masked_fill(~seen, -math.inf).masked_fill(empty, 0.0)
     p, size = scores.softmax(-1).masked_fill(~seen, 0.0), size.masked_fill(~seen, 0.0)
     mean = (p * size).sum(-1, keepdim=True)
-    spread = p * (1.0 + size + mean)
+    spread = p * (1.0 + size + mean) + UNDERFLOW * seen
     z = kept(seed, dropout_p, p) * _dropout.rescale(dropout_p) if dropout_p > 0 and seed is not None else torch.ones_like(p)
     s_out = (spread * z) @ wide_value.abs()
     lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
@@ -82,7 +85,7 @@ def bound(
     s_delta = (grad_out.abs() * (s_out + out.abs())).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta, s_delta = delta - grad_lse[..., None], s_delta + grad_lse.abs()[..., None]
-    s_ds = abs(scale) * (spread * (dp - delta).abs() + p * (s_dp + s_delta))
+    s_ds = abs(scale) * (spread * (dp - delta).abs() + p * (s_dp + s_delta) + UNDERFLOW * seen)
     return {
         "out": s_out,
         "lse": (lse.abs() + mean[..., 0] + 1.0).masked_fill(empty[..., 0], 0.0),

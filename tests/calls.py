@@ -93,7 +93,7 @@ def fixed(row: Mechanism) -> list[Case]:
 
 
 def each(choose: Callable[[Mechanism], list[Case]]) -> pytest.MarkDecorator:
-    """Parametrise over (row, case) of every row. Rows of the same outputs share their operator's code: what one shows is slow for others."""
+    """Parametrise over (row, case) of every row. Rows of the same outputs share code: what one of them shows is slow for the others."""
     shown: set[tuple[frozenset[str], frozenset[tuple[str, bool]]]] = set()
     params = []
     for row in CATALOG.values():

@@ -47,7 +47,7 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
 def test_correctness_judges_every_kernel_launch_and_key(rows: list[dict[str, Any]]) -> None:
     on_gpu.correctness(rows.append)
     assert {row["kernel"] for row in rows} == {"descriptors", "pointers"}
-    assert {launch for row in rows if row["tile"] for launch in row["tile"]} == {"forward", "backward_query", "backward_key"}
+    assert {launch for row in rows if row["tile"] for launch in row["tile"]} == {"forward", "split", "backward_query", "backward_key"}
     assert not [row["fault"] for row in rows if row["fault"]]
 
 
@@ -55,7 +55,7 @@ def test_tuning_writes_a_table_that_calls_would_use(rows: list[dict[str, Any]], 
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, **options: (call(), 1.0)[1])
     on_gpu.tune(rows.append, seconds=1e9)
     table = tiles.read(tmp_path / "nvidia_h200.json")
-    assert {launch.rpartition("/")[2] for launch in table} == {"forward", "backward_query", "backward_key"}
+    assert {launch.rpartition("/")[2] for launch in table} == {"forward", "split", "backward_query", "backward_key"}
     row = CATALOG["attention"]
     space = row.kernels[-1].load().spaces["forward"]
     found = tiles.look_up("attention/pointers/forward", space, tiles.Key("16bit", 32), device.profile(0))

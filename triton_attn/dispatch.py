@@ -168,7 +168,7 @@ def capability_refusal(kernel: Kernel, capability: tuple[int, int]) -> list[str]
     """Why a kernel does not run on GPUs of a capability."""
     if capability in kernel.capabilities:
         return []
-    known = ", ".join(map(device.architecture, kernel.capabilities))
+    known = ", ".join(map(device.architecture, kernel.capabilities)) or "no GPU yet"
     return [f"compiled and checked for {known}, not for {device.architecture(capability)}"]
 
 

@@ -199,5 +199,11 @@ ROW = Mechanism(
         ),
     },
     peers={"torch SDPA": _sdpa},
-    laws=tuple(law for law in Law if law is not Law.REDUCES_TO_ATTENTION),
+    laws=(
+        Law.ROWS_SUM_TO_ONE,
+        Law.FUTURE_CHANGES_NOTHING,
+        Law.PADDING_CHANGES_NOTHING,
+        Law.KEY_ORDER_CHANGES_NOTHING,
+        Law.BATCH_CHANGES_NOTHING,
+    ),
 )

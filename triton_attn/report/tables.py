@@ -40,7 +40,9 @@ def mechanisms(rows: Iterable[Mechanism]) -> Table:
     """The catalogue."""
     cells = []
     for row in rows:
-        kernels = "; ".join(f"{kernel.name}: {', '.join(map(device.architecture, kernel.capabilities))}" for kernel in row.kernels)
+        kernels = "; ".join(
+            f"{kernel.name}: {', '.join(map(device.architecture, kernel.capabilities)) or 'none yet'}" for kernel in row.kernels
+        )
         needed = ", ".join(name if given.required else f"{name}?" for name, given in row.inputs.items() if given.kind != "seed")
         cells.append((row.name, row.summary, kernels, needed, ", ".join(row.peers)))
     return Table(("mechanism", "what it is", "kernels and their GPUs", "inputs (? optional)", "timed against"), cells)
