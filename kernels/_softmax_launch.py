@@ -152,7 +152,8 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     (b, h, m), e = out.shape[:3], out.shape[-1]
     delta = torch.empty((b, h, m), dtype=torch.float32, device=out.device)
     if delta.numel():
-        tiles = triton.cdiv(m, 64)
+        rows = min(64, 8192 // padded(e))  # of wider ones the accumulators spill
+        tiles = triton.cdiv(m, rows)
         with device.guard(out):
             _softmax_backward.delta_kernel[grid(tiles * b * h)](
                 out,
@@ -167,7 +168,7 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
                 m,
                 E=e,
                 BLOCK_E=padded(e),
-                BLOCK_M=64,
+                BLOCK_M=rows,
                 enable_fp_fusion=True,
             )
     return delta

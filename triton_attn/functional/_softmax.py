@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from triton_attn import arguments
-from triton_attn.mechanism import Case, Input, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
+from triton_attn.mechanism import Case, Input, Launch, Law, Mechanism, Options, Output, Sizes, Work
 
-WIDEST, WIDEST_LADEN = 256, 128
+WIDEST = 256
 LAUNCHES = (Launch("forward"), Launch("backward_query", ("query",)), Launch("backward_key", ("key", "value")))
 COMPILED = ((8, 0), (9, 0))
 OUTPUTS = {"out": Output("b h m e"), "lse": Output("b h m", "float32")}
@@ -44,14 +44,6 @@ def _fit(row: Mechanism, sizes: Sizes) -> None:
     arguments.divides(row, sizes, ("g", "key"), ("h", "query"))
     arguments.within(row, "query", "width", sizes["d"], 1, WIDEST)
     arguments.within(row, "value", "width", sizes["e"], 1, WIDEST)
-
-
-def laden_and_wide(tensors: Tensors, options: Options) -> list[str]:
-    """Of a pattern's backward pass at full width none of the tiles tried held padding or dropout without spilling."""
-    widest = max(tensors["query"].shape[-1], tensors["value"].shape[-1])
-    riding = [name for name in ("key_padding_mask",) if tensors[name] is not None] + ["dropout_p"] * bool(options.get("dropout_p"))
-    riding += ["include_self"] * bool("indices" in tensors and options.get("include_self", True))
-    return [f"{name} with heads of width {widest}; kernels hold it up to {WIDEST_LADEN}" for name in riding if widest > WIDEST_LADEN]
 
 
 def common_options(row: Mechanism, sizes: Sizes, causal: bool | str, scale: float | None, dropout_p: float) -> dict[str, Any]:

@@ -138,7 +138,7 @@ ROW = Mechanism(
     reference=reference,
     portable=portable,
     bound=bound,
-    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, softmax.laden_and_wide),),
+    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES),),
     inputs=softmax.inputs("m"),
     options={
         "segment_lengths": "int[]",

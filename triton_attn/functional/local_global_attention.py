@@ -146,7 +146,6 @@ ROW = Mechanism(
             softmax.COMPILED,
             _pointers,
             (*softmax.LAUNCHES[:2], Launch("backward_key", ("key", "value", "global_key", "global_value"))),
-            softmax.laden_and_wide,
         ),
     ),
     inputs=softmax.inputs(

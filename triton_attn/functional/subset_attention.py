@@ -121,7 +121,7 @@ ROW = Mechanism(
     reference=reference,
     portable=portable,
     bound=bound,
-    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, softmax.laden_and_wide),),
+    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES),),
     inputs=softmax.inputs(indices=Input("b g k", kind="index", into="n")),
     options={"include_self": "bool", "causal": "str", "scale": "float", "dropout_p": "float"},
     outputs=softmax.OUTPUTS,
