@@ -45,8 +45,9 @@ def check(row: Mechanism, tensors: Mapping[str, torch.Tensor | None], rules: Rul
 
     Under autocast, dtypes count as cast.
     """
+    # a graph would be guarded by all that is remembered
     seen = None if torch.compiler.is_compiling() else _signature(row, tensors, rules)
-    sizes = _passed.get(seen)
+    sizes = None if seen is None else _passed.get(seen)
     if sizes is None:
         sizes = _checked(row, tensors)
         if rules is not None:
