@@ -13,7 +13,6 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels import _scan, _scan_backward
-from triton_attn.kernels._grid import grid as whole_grid
 from triton_attn.tiles import STATE_KEYS, Key, Space, Tile, find
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -195,6 +194,10 @@ def _sequences(u: Tensor, cu_seqlens: Tensor | None) -> int:
     return u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+class GridError(ValueError):
+    """More programs than one launch can have."""
+
+
 def _grid(tile: Tile, u: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
     """(grid, runtime sizes, constants) of a launch."""
     groups, n = B.shape[1], B.shape[2]
@@ -203,6 +206,8 @@ def _grid(tile: Tile, u: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> tuple[
     block_d = min(tile.block_m, triton.next_power_of_2(max(per_group, 2)))
     blocks = triton.cdiv(per_group, block_d)
     programs = _sequences(u, cu_seqlens) * groups * blocks
+    if programs >= 2**31:
+        raise GridError(f"{programs} programs; a launch has fewer than 2^31, so split the batch")
     sizes = (groups, per_group, blocks, u.shape[2], triton.cdiv(u.shape[2], tile.block_n))
     constants = {
         "N": n,
@@ -213,7 +218,7 @@ def _grid(tile: Tile, u: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> tuple[
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
-    return whole_grid(programs), sizes, constants
+    return (programs,), sizes, constants
 
 
 def _chosen(tile: Tiles, launch: str, u: Tensor, A: Tensor) -> Tile:
