@@ -62,7 +62,7 @@ def rest(shown: set[str]) -> dict[str, Callable[[], Any]]:
     def first_case(row: Any) -> Callable[[], Any]:
         tensors, options = inputs.draw(row, row.cases[0], dtype=torch.float32, device=torch.device("cpu"))
         tensors.pop("seed", None)
-        return lambda: row.function(**tensors, **options)
+        return lambda: row.call(**tensors, **options)
 
     return {name: first_case(row) for name, row in triton_attn.CATALOG.items() if name not in shown}
 
