@@ -58,7 +58,8 @@ def on_target(row: Mechanism, case: Case, dtype: torch.dtype, target: str) -> Ca
             continue
         code, profile, found = kernel.load(), device.Profile(target, capability), {}
         key = code.key(tensors, options)
-        launches = [(kernel, code, launch) for launch in kernel.launches]
+        # of a GPU that is not here nobody knows how many multiprocessors would stand idle
+        launches = [(kernel, code, launch) for launch in kernel.launches if not launch.shared]
         if kernel is not row.kernels[-1]:  # the variants share the backward of the most general one
             general = row.kernels[-1]
             launches += [(general, general.load(), launch) for launch in general.launches if launch.gradients]
