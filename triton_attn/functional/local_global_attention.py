@@ -160,7 +160,7 @@ ROW = Mechanism(
     cases=(
         _case("window", 2, 2, 2, 47, 16, 16, window=8),
         _case("wide window", 1, 2, 1, 90, 24, 16, window=75),
-        _case("own key alone", 1, 2, 2, 35, 16, 16, window=1),
+        _case("a key on each side", 1, 2, 2, 35, 16, 16, window=2),
         _case("first tokens", 1, 4, 2, 45, 16, 16, window=10, global_tokens=3),
         _case("first tokens, a tile and more", 1, 2, 1, 40, 16, 16, window=6, global_tokens=19),
         _case("summaries", 2, 2, 1, 41, 16, 16, 5, window=12),

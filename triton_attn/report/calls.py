@@ -35,7 +35,9 @@ def here(row: Mechanism, case: Case, dtype: torch.dtype, where: torch.device) ->
     """What this machine would run. Tensors are allocated and never written or read."""
     tensors, options = inputs.meta(row, case, dtype)
     given = {name: tensor for name, tensor in tensors.items() if row.inputs[name].kind != "seed"}
-    real = {name: None if tensor is None else torch.empty_like(tensor, device=where) for name, tensor in given.items()}
+    # indices are looked at before anything runs
+    make = {name: torch.zeros_like if row.inputs[name].kind == "index" else torch.empty_like for name in given}
+    real = {name: None if tensor is None else make[name](tensor, device=where) for name, tensor in given.items()}
     told = dispatch.explain(row.call, **real, **options)
     place = device.profile(where.index or 0).name if where.type == "cuda" else where.type
     return Call(row.name, sizes(case), short(dtype), place, told.path, told.kernel, told.tiles, told.reasons)
