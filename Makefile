@@ -10,6 +10,7 @@ PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 
 NEW := .venv/.installed
 OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
+PEERS := .venv/.peers
 LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 
 # Only the tests interpret kernels; the compile gate must not.
@@ -49,7 +50,7 @@ tables: $(NEW) $(OLD)
 	.venv-triton36/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
 	.venv/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
 
-bench: $(NEW)
+bench: $(PEERS)
 	.venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
 docs: $(NEW)
@@ -67,6 +68,10 @@ $(NEW): pyproject.toml constraints.txt
 	@.venv/bin/python -c "from importlib.metadata import requires; \
 	  print('' if any(name.startswith('triton') for name in requires('torch')) else 'triton==$(TRITON)')" > .venv/triton.txt
 	@.venv/bin/python $(PIP) -c constraints.txt -c .venv/triton.txt -e '.[test]'
+	@touch $@
+
+$(PEERS): $(NEW)
+	@.venv/bin/python $(PIP) -c constraints.txt -c .venv/triton.txt -e '.[peers]'
 	@touch $@
 
 $(OLD): pyproject.toml constraints.txt

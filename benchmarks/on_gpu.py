@@ -145,16 +145,14 @@ def _launch_call(row: Mechanism, code: Code, launch: Launch, case: Case, chosen:
 
 def peers(note: Callable[[dict[str, Any]], None]) -> None:
     """Every GPU workload beside every peer that runs, forward and forward + backward."""
-    from benchmarks import peers as others
+    from benchmarks.peers import beside
 
-    for name, row in CATALOG.items():
-        calls = {**row.peers, **getattr(others, f"of_{name}", dict)()}
-        full = replace(row, peers=calls)
+    for row in map(beside, CATALOG.values()):
         for case in row.workloads["cuda"]:
-            for peer in calls:
+            for peer in row.peers:
                 for direction in (bench.FORWARD, bench.BOTH):
                     try:
-                        note(asdict(bench.time_beside(full, case, peer, direction, WHERE, torch.bfloat16, seconds=2.0)))
+                        note(asdict(bench.time_beside(row, case, peer, direction, WHERE, torch.bfloat16, seconds=2.0)))
                     except Exception as error:  # noqa: BLE001  a peer that cannot is a row that says so
                         note({"case": case.name, "peer": peer, "direction": direction, "not run": f"{type(error).__name__}: {error}"[:200]})
 

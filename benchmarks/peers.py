@@ -1,28 +1,53 @@
-"""Peers that are not torch itself, timed beside the row on a GPU where they are installed. None is a dependency."""
+"""Peers that the package does not ship: `of_<row>()` gives those that run here. None is a dependency; `make bench` installs some.
+
+A peer takes the row's arguments, and raises NotImplementedError for what it lacks.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from triton_attn.mechanism import Mechanism
 
 Call = Callable[..., Any]
 
 
+def beside(row: Mechanism) -> Mechanism:
+    """The row with the peers of this file after its own."""
+    return replace(row, peers={**row.peers, **globals().get(f"of_{row.name}", dict)()})
+
+
 def of_attention() -> dict[str, Call]:
-    """Name -> call with the arguments of triton_attn.attention; a peer raises NotImplementedError for what it lacks."""
+    """torch's own back ends, FlexAttention, FlashAttention 4; on a CPU there is one SDPA, which the row has."""
+    if not torch.cuda.is_available():
+        return {}
     peers: dict[str, Call] = {
         "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        "FlexAttention": _flex(),
+        "FlexAttention": _flex(_dense),
     }
     if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         peers["FA4"] = _fa4
+    return peers
+
+
+def of_strided_attention() -> dict[str, Call]:
+    return {"FlexAttention": _flex(_strided)}
+
+
+def of_local_global_attention() -> dict[str, Call]:
+    peers: dict[str, Call] = {"FlexAttention": _flex(_local_global)}
+    if importlib.util.find_spec("local_attention"):
+        peers["local-attention"] = _local_attention()
     return peers
 
 
@@ -41,28 +66,69 @@ def _sdpa(backend: SDPBackend) -> Call:
     return call
 
 
-def _flex() -> Call:
+def _dense() -> Call | None:
+    return None
+
+
+def _strided(stride: int, phase: int = 0, include_self: bool = False) -> Call:
+    return lambda b, h, i, j: (j % stride == phase) | (include_self & (i == j))
+
+
+def _local_global(window: int, global_tokens: int = 0) -> Call:
+    return lambda b, h, i, j: ((i - j).abs() <= window // 2) | (i < global_tokens) | (j < global_tokens)
+
+
+def _flex(rule: Callable[..., Call | None]) -> Call:
+    """FlexAttention with the block mask of `rule(**options)`: (b, h, i, j) -> whether query i sees key j, None where it always does."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs")
     masks: dict[Any, Any] = {}
 
     def call(
-        query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0
+        query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None, causal: Any = False, **options: Any
     ) -> Any:
-        if dropout_p or mask is not None:
-            raise NotImplementedError("no dropout, no dense mask")
-        name = (query.shape, key.shape, causal, key_padding_mask is None)
+        options = {name: option for name, option in options.items() if option is not None and not (name == "dropout_p" and not option)}
+        if options.keys() & {"mask", "dropout_p", "global_key", "global_value"}:
+            raise NotImplementedError("no dropout, no dense mask, no keys from elsewhere")
+        if query.device.type == "cpu" and query.requires_grad:
+            raise NotImplementedError("FlexAttention has no backward on a CPU")
+        name = (query.shape, key.shape, causal, key_padding_mask is None, tuple(options.items()))
         if name not in masks:
-            rule = None
-            if causal:
-                rule = lambda b, h, i, j: i >= j  # noqa: E731
+            rules = [rule(**options), (lambda b, h, i, j: i >= j) if causal else None]
             if key_padding_mask is not None:
                 visible = ~key_padding_mask
-                rule = lambda b, h, i, j: visible[b, j]  # noqa: E731
+                rules.append(lambda b, h, i, j: visible[b, j])
+            asked = [each for each in rules if each is not None]
             batch = query.shape[0] if key_padding_mask is not None else None
-            masks[name] = rule and create_block_mask(rule, batch, None, query.shape[2], key.shape[2], device=query.device)
-        return compiled(query, key, value, block_mask=masks[name], enable_gqa=query.shape[1] != key.shape[1])
+            masks[name] = asked and create_block_mask(_all_of(asked), batch, None, query.shape[2], key.shape[2], device=query.device)
+        return compiled(query, key, value, block_mask=masks[name] or None, enable_gqa=query.shape[1] != key.shape[1])
+
+    return call
+
+
+def _all_of(rules: list[Call]) -> Call:
+    from torch.nn.attention.flex_attention import and_masks
+
+    together: Call = and_masks(*rules)
+    return together
+
+
+def _local_attention() -> Call:
+    """A band by blocks of `window // 2` keys, each block beside its neighbours."""
+    from local_attention import LocalAttention
+
+    layers: dict[tuple[int, int], Any] = {}
+
+    def call(query: Tensor, key: Tensor, value: Tensor, *, window: int, **options: Any) -> Any:
+        if any(option is not None and option for option in options.values()):
+            raise NotImplementedError("a window alone")
+        half, width = window // 2, query.shape[-1]
+        if (half, width) not in layers:
+            layers[half, width] = LocalAttention(
+                dim=width, window_size=half, look_backward=1, look_forward=1, exact_windowsize=True, use_rotary_pos_emb=False, autopad=True
+            )
+        return layers[half, width](*(x.flatten(0, 1) for x in (query, key, value))).unflatten(0, query.shape[:2])
 
     return call
 
