@@ -137,7 +137,15 @@ def _eager(name: str, case: str, backend: str) -> tuple[Tensor, tuple[Tensor, ..
 def assert_same(found: Any, expected: Any, backend: str) -> None:
     """A kernel gives equal bits whatever is done to the call; what torch computes itself may be ordered anew."""
     exact = 0.0 if backend == "triton" else None
-    torch.testing.assert_close(found, expected, rtol=exact, atol=exact)
+    if isinstance(expected, Tensor) and expected.dtype == torch.float16 and exact is None:
+        # another formulation rounds other sums, each to a unit of the largest
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=2 * torch.finfo(torch.float16).eps * expected.abs().max().item())
+    elif isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_same(a, b, backend)
+    else:
+        torch.testing.assert_close(found, expected, rtol=exact, atol=exact)
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]

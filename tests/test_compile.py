@@ -84,7 +84,6 @@ def test_every_output_is_compiled(row: Mechanism, case: Case, backend: str) -> N
 
 @each(alone)
 @BOTH
-@pytest.mark.usefixtures("_cast_again")
 def test_autocast_is_compiled_inside_of_a_graph_and_around_it(row: Mechanism, case: Case, backend: str) -> None:
     call = draw(row, case)
 
@@ -93,16 +92,17 @@ def test_autocast_is_compiled_inside_of_a_graph_and_around_it(row: Mechanism, ca
             return row.call(**arguments)
 
     arguments = call.arguments(*call.leaves)
-    with use_backend(backend):
+    # or a graph's backward pass is traced under its forward's autocast, which eager code never does
+    with use_backend(backend), torch._functorch.config.patch(backward_pass_autocast="off"):
         expected = cast(**arguments)
         inside = torch.compile(cast, fullgraph=True, backend="aot_eager")(**arguments)
         with torch.autocast("cpu", torch.float16):
             around = compiled(call, backend="aot_eager")(*call.leaves)
     assert expected.dtype == torch.float16
-    gradient = gradients(expected, call.leaves)
+    gradient = tuple(x.half() for x in gradients(expected, call.leaves))  # as they were before the cast's own gradient
     for found in (inside, around):
         assert_same(found, expected, backend)
-        assert_same(gradients(found, call.leaves), gradient, backend)
+        assert_same(tuple(x.half() for x in gradients(found, call.leaves)), gradient, backend)
 
 
 # lengths
@@ -138,16 +138,10 @@ def without_a_new_graph(row: Mechanism, case: Case, backend: str, *, training: b
 
 
 @pytest.fixture
-def _symbolic(request: pytest.FixtureRequest, backend: str) -> None:
-    if backend == "portable":
-        request.applymarker(pytest.mark.xfail(strict=False, reason="some cases get a new graph for each length"))
-
-
-@pytest.fixture
-def _cast_again(request: pytest.FixtureRequest, backend: str) -> None:
-    if backend == "portable":
+def _symbolic(request: pytest.FixtureRequest, row: Mechanism, case: Case, backend: str) -> None:
+    if (row.name, case.name, backend) == ("strided_attention", "padded keys", "portable"):
         request.applymarker(
-            pytest.mark.xfail(strict=False, reason="a graph's backward pass is traced under the autocast that its forward had turned off")
+            pytest.mark.xfail(strict=True, reason="torch asks whether a slice of the keys is dense: odd lengths, even ones")
         )
 
 

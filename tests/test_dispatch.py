@@ -121,6 +121,14 @@ def test_explain_names_the_tile_of_every_launch_that_a_training_step_makes(machi
     assert set(explain(attention, **qkv()).tiles) == {"forward", "backward_query", "backward_key"}
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_wider_heads_than_any_kernels_take_the_portable_path(machine: Machine, capability: tuple[int, int]) -> None:
+    machine(capability)
+    explained = explain(attention, **qkv(1, 2, 8, 320))
+    assert explained.path == "portable"
+    assert "query has width 320; kernels serve up to 256" in str(explained)
+
+
 HALF = torch.zeros(1, 2, 64, 256, dtype=torch.float16)
 UNDESCRIBABLE: dict[str, tuple[dict[str, Any], str]] = {
     "a mask": ({"mask": on_cuda(torch.ones(64, 64) > 0)}, "mask is not read by bulk copies"),

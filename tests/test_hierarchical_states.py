@@ -208,7 +208,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: StridedAttention(0), "StridedAttention: stride is 0; allowed: a whole number, 1 and more"),
     (lambda: StridedAttention(2.0), "stride is 2.0, a float"),  # type: ignore[arg-type]
     (lambda: StridedAttention(4, 24, 5), "num_heads is 5; allowed: a divisor of dim, 24"),
-    (lambda: StridedAttention(4, 514, 2), "num_heads is 2; allowed: a divisor of dim, 514, at most 256 wide heads"),
+    (lambda: StridedAttention(4, 514, 3), "num_heads is 3; allowed: a divisor of dim, 514"),
     (lambda: StridedAttention(4, 24, 3, 1.5), "dropout is 1.5; allowed: 0 to 1"),
     (lambda: StridedAttention(4, 24, 3, phase=4), "phase is 4; allowed: a whole number, 0 to 3"),
     (lambda: StridedAttention(4, 24, 3, causal=1), "causal is 1, a int; allowed: True, False"),  # type: ignore[arg-type]

@@ -311,7 +311,7 @@ def wrong(argument: str, said: str, error: type[Exception] = ArgumentError, **ch
         wrong("query", "is a nested tensor", TypeError, query=torch.nested.nested_tensor([torch.ones(3, 5, 8)], layout=torch.jagged)),
         wrong("value", "is a nested tensor", TypeError, value=torch.nested.nested_tensor([torch.ones(3, 7, 8)], layout=torch.jagged)),
         wrong("value", "is a NoneType", TypeError, value=None),
-        wrong("query", "has width 257", query=torch.ones(2, 3, 5, 257), key=torch.ones(2, 3, 7, 257)),
+        wrong("query", "has width 0", query=torch.ones(2, 3, 5, 0), key=torch.ones(2, 3, 7, 0)),
         wrong("dropout_p", "is 1.5", dropout_p=1.5),
         wrong("dropout_p", "is -0.1", dropout_p=-0.1),
         wrong("dropout_p", "is nan", dropout_p=float("nan")),

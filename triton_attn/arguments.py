@@ -139,6 +139,12 @@ def within(who: Named, argument: str, what: str, size: int, low: int, high: int)
         raise ArgumentError(who.name, argument, f"has {what} {size}; allowed: {low} to {high}")
 
 
+def at_least(who: Named, argument: str, what: str, size: int, low: int) -> None:
+    """A size with no upper end."""
+    if size < low:
+        raise ArgumentError(who.name, argument, f"has {what} {size}; allowed: {low} or more")
+
+
 def probability(who: Named, argument: str, given: float) -> float:
     """A number in [0, 1]; NaN is none."""
     _require_number(who, argument, given, "0 to 1")

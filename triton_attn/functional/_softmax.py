@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from triton_attn import arguments
-from triton_attn.mechanism import Case, Input, Launch, Law, Mechanism, Options, Output, Sizes, Work
+from triton_attn.mechanism import Case, Input, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
 
-WIDEST = 256
+WIDEST = 256  # of a kernel's heads
 LAUNCHES = (Launch("forward"), Launch("backward_query", ("query",)), Launch("backward_key", ("key", "value")))
 COMPILED = ((8, 0), (9, 0))
 OUTPUTS = {"out": Output("b h m e"), "lse": Output("b h m", "float32")}
@@ -42,8 +42,17 @@ def check(row: Mechanism, tensors: Mapping[str, Tensor | None]) -> Sizes:
 
 def _fit(row: Mechanism, sizes: Sizes) -> None:
     arguments.divides(row, sizes, ("g", "key"), ("h", "query"))
-    arguments.within(row, "query", "width", sizes["d"], 1, WIDEST)
-    arguments.within(row, "value", "width", sizes["e"], 1, WIDEST)
+    arguments.at_least(row, "query", "width", sizes["d"], 1)
+    arguments.at_least(row, "value", "width", sizes["e"], 1)
+
+
+def too_wide(tensors: Tensors, options: Options) -> list[str]:
+    """A kernel holds a row of each head at once."""
+    return [
+        f"{name} has width {tensor.shape[-1]}; kernels serve up to {WIDEST}"
+        for name in ("query", "value")
+        if (tensor := tensors[name]) is not None and tensor.shape[-1] > WIDEST
+    ]
 
 
 def common_options(row: Mechanism, sizes: Sizes, causal: bool | str, scale: float | None, dropout_p: float) -> dict[str, Any]:

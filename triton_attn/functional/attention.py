@@ -15,8 +15,6 @@ from triton_attn.portable.attention import attention as portable
 from triton_attn.reference.attention import attention as reference
 from triton_attn.reference.attention import bound
 
-WIDEST = 256
-
 
 def attention(
     query: Tensor,
@@ -37,7 +35,7 @@ def attention(
     Args:
         query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, Hk, Nk, D); Hk divides H, and query head h uses key head h // (H / Hk).
-        value: (B, Hk, Nk, E). D and E from 1 to 256, powers of two or not.
+        value: (B, Hk, Nk, E). D and E of any size, powers of two or not; kernels serve up to 256.
         mask: broadcastable to (B, H, Nq, Nk). Boolean: True = attend. Floating: added to the scores; -inf hides a key.
             A floating mask that requires a gradient gets one, from the portable path.
         key_padding_mask: (B, Nk) boolean, True = ignore. What lies there, NaN included, reaches neither output nor gradients.
@@ -156,7 +154,7 @@ ROW = Mechanism(
     bound=bound,
     kernels=(
         Kernel("descriptors", ((9, 0),), _descriptors, (Launch("forward"),), _undescribable),
-        Kernel("pointers", _COMPILED, _pointers, (*LAUNCHES, Launch("split", shared=True))),
+        Kernel("pointers", _COMPILED, _pointers, (*LAUNCHES, Launch("split", shared=True)), softmax.too_wide),
     ),
     inputs={
         "query": Input("b h m d", differentiable=True),

@@ -44,7 +44,7 @@ def dilated_attention(
     Args:
         query: (B, H, N, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, Hk, N, D); Hk divides H, and query head h uses key head h // (H / Hk).
-        value: (B, Hk, N, E). D and E from 1 to 256, powers of two or not.
+        value: (B, Hk, N, E). D and E of any size, powers of two or not; kernels serve up to 256.
         segment_lengths: w of each branch, 1 and more, any numbers in any order. The last segment is short where N ends.
         dilation_rates: r of each branch, 1 and more.
         mode: "longnet": every head takes part in every branch. "head_group": heads in contiguous groups, the first ones larger by
@@ -138,7 +138,7 @@ ROW = Mechanism(
     reference=reference,
     portable=portable,
     bound=bound,
-    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES),),
+    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, softmax.too_wide),),
     inputs=softmax.inputs("m"),
     options={
         "segment_lengths": "int[]",

@@ -40,7 +40,7 @@ def local_global_attention(
     Args:
         query: (B, H, N, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, Hk, N, D); Hk divides H, and query head h uses key head h // (H / Hk).
-        value: (B, Hk, N, E). D and E from 1 to 256, powers of two or not.
+        value: (B, Hk, N, E). D and E of any size, powers of two or not; kernels serve up to 256.
         window: a query sees window // 2 keys on each side and its own; 0 and more. Of 2 N and more: dense attention.
         global_key: (B, Hk, G, D), keys that every query sees, whatever causal says: they have no position.
         global_value: (B, Hk, G, E), their values; given with global_key or not at all.
@@ -146,6 +146,7 @@ ROW = Mechanism(
             softmax.COMPILED,
             _pointers,
             (*softmax.LAUNCHES[:2], Launch("backward_key", ("key", "value", "global_key", "global_value"))),
+            softmax.too_wide,
         ),
     ),
     inputs=softmax.inputs(

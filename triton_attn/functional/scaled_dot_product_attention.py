@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triton_attn import operators
 from triton_attn.arguments import FLOATS, ArgumentError, ArgumentTypeError, finite, probability
-from triton_attn.functional.attention import ROW, WIDEST, attention
+from triton_attn.functional.attention import ROW, attention
 
 NAME = "scaled_dot_product_attention"
 _OURS = {"mask": "attn_mask", "causal": "is_causal"}  # attention's name of an argument -> torch's
@@ -36,7 +36,7 @@ def scaled_dot_product_attention(
     Args:
         query: (..., H, L, E), float16, bfloat16, float32 or float64; 2 dimensions or more.
         key: (..., Hk, S, E). Hk is H or 1, or with enable_gqa any divisor of H.
-        value: (..., Hk, S, Ev). E and Ev from 1 to 256.
+        value: (..., Hk, S, Ev). E and Ev of any size; kernels serve up to 256.
         attn_mask: broadcastable to (..., H, L, S), 2 dimensions or more. Boolean: True = attend. Floating, of the query's dtype or
             float32: added to the scores; one that requires a gradient gets it, from the portable path.
         dropout_p: share of weights set to zero, applied whenever it is positive, in evaluation too.
@@ -93,7 +93,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not (query.ndim == 4 and len(shape) == 4 and value.shape == shape):
         return False
     b, h, _, d = query.shape
-    return b == shape[0] and h == shape[1] and d == shape[3] and 1 <= d <= WIDEST
+    return b == shape[0] and h == shape[1] and d == shape[3] and d >= 1
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:

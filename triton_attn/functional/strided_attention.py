@@ -40,7 +40,7 @@ def strided_attention(
     Args:
         query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, Hk, Nk, D); Hk divides H, and query head h uses key head h // (H / Hk).
-        value: (B, Hk, Nk, E). D and E from 1 to 256, powers of two or not.
+        value: (B, Hk, Nk, E). D and E of any size, powers of two or not; kernels serve up to 256.
         stride: distance between the keys that are seen; 1 and more. Longer than Nk: at most one key.
         phase: position of the first of them; 0 to stride - 1.
         include_self: query i also sees key i, once; Nq must be Nk.
@@ -135,7 +135,7 @@ ROW = Mechanism(
     reference=reference,
     portable=portable,
     bound=bound,
-    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES),),
+    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, softmax.too_wide),),
     inputs=softmax.inputs(),
     options={"stride": "int", "phase": "int", "include_self": "bool", "causal": "str", "scale": "float", "dropout_p": "float"},
     outputs=softmax.OUTPUTS,

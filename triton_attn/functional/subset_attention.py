@@ -39,7 +39,7 @@ def subset_attention(
     Args:
         query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, Hk, Nk, D); Hk divides H, and query head h uses key head h // (H / Hk).
-        value: (B, Hk, Nk, E). D and E from 1 to 256, powers of two or not.
+        value: (B, Hk, Nk, E). D and E of any size, powers of two or not; kernels serve up to 256.
         indices: (K,), (B, K) or (B, Hk, K), int32 or int64, in any order, none at all included; duplicates count once. 0 to
             Nk - 1; on a CPU others raise, elsewhere, where looking would wait for the device, they name no key.
         include_self: query i also sees key i; Nq must be Nk.
@@ -121,7 +121,7 @@ ROW = Mechanism(
     reference=reference,
     portable=portable,
     bound=bound,
-    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES),),
+    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, softmax.too_wide),),
     inputs=softmax.inputs(indices=Input("b g k", kind="index", into="n")),
     options={"include_self": "bool", "causal": "str", "scale": "float", "dropout_p": "float"},
     outputs=softmax.OUTPUTS,

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments
 
-WIDEST = 256
-
 
 class Projections(nn.Module):
     """q_proj, k_proj, v_proj and out_proj, made in this order: a seed gives the originals' initial values.
@@ -22,8 +20,8 @@ class Projections(nn.Module):
         super().__init__()
         arguments.whole(self, "dim", dim, 1)
         arguments.whole(self, "num_heads", num_heads, 1)
-        if dim % num_heads or dim // num_heads > WIDEST:
-            raise ArgumentError(self.name, "num_heads", f"is {num_heads}; allowed: a divisor of dim, {dim}, at most {WIDEST} wide heads")
+        if dim % num_heads:
+            raise ArgumentError(self.name, "num_heads", f"is {num_heads}; allowed: a divisor of dim, {dim}")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.dropout = arguments.probability(self, "dropout", dropout)
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
