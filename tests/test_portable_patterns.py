@@ -40,6 +40,8 @@ BAND: dict[str, dict[str, Any]] = {
 UNION: dict[str, tuple[str, dict[str, Any]]] = {
     "stride and own key": ("strided_attention", {"stride": 4, "phase": 1, "include_self": True}),
     "subset and own key": ("subset_attention", {"indices": torch.tensor([0, 7, 200, 33])}),
+    "subset with a key named twice": ("subset_attention", {"indices": torch.tensor([[0, 7, 7, 200, 33], [9, 8, 2, 1, 0]])}),
+    "a subset a head": ("subset_attention", {"indices": torch.arange(30).remainder(7).view(2, 3, 5)}),
 }
 BRANCHES: dict[str, dict[str, Any]] = {
     "nested": {"segment_lengths": (64, 128), "dilation_rates": (1, 2)},

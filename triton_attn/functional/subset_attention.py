@@ -139,8 +139,8 @@ ROW = Mechanism(
     ),
     probes=_probes,
     workloads={
-        "cpu": (_case("one key in eight", 1, 12, 12, 8192, 8192, 1024, 64, 64),),
-        "cuda": (_case("one key in eight", 1, 16, 16, 16384, 16384, 2048, 128, 128),),
+        "cpu": (_case("one key in eight", 1, 12, 12, 8192, 8192, 1024, 64, 64, indices="distinct"),),
+        "cuda": (_case("one key in eight", 1, 16, 16, 16384, 16384, 2048, 128, 128, indices="distinct"),),
     },
     peers={"torch SDPA over all keys": _sdpa_over_all_keys, "torch SDPA on a copy, without own keys": _sdpa_on_a_copy},
     laws=softmax.PATTERN_LAWS,

@@ -6,6 +6,7 @@ but not public, so whatever they might refuse goes another way: `serves` says wh
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,39 +31,48 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def with_own_key(query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float) -> Tensor:
-    """Attention of query i to `keys` and, where `own` (broadcastable to (B, H, N)) says so, to key i. All (B, H, ., D)."""
-    return _WithOwnKey.apply(query, keys, values, key, value, own, scale)  # type: ignore[no-any-return,no-untyped-call]
+def with_own_key(
+    query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float, hidden: Tensor | None = None
+) -> Tensor:
+    """Attention of query i to `keys` and, where `own` (broadcastable to (B, H, N)) says so, to key i. All (B, H, ., D).
+
+    `hidden` (B, H, 1, K) leaves keys out, never all that a query has.
+    """
+    added = None if hidden is None else query.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).expand(-1, -1, query.shape[2], -1)
+    return _WithOwnKey.apply(query, keys, values, key, value, own, scale, added)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _WithOwnKey(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float) -> Tensor:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, scale=scale)
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float, added: Tensor | None
+    ) -> Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, attn_mask=added, scale=scale)
         score = _rowwise(query, key) * scale
         weight = torch.sigmoid(score - lse).masked_fill_(~own, 0.0)
         out = out.lerp_(value, weight.to(out.dtype)[..., None])
         lse = torch.where(own, torch.logaddexp(lse, score), lse)
-        ctx.save_for_backward(query, keys, values, key, value, out, lse, weight)
+        ctx.save_for_backward(query, keys, values, key, value, out, lse, weight, added)
         ctx.scale = scale
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        query, keys, values, key, value, out, lse, weight = ctx.saved_tensors
+        query, keys, values, key, value, out, lse, weight, added = ctx.saved_tensors
         dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, keys, values, out, lse, 0.0, False, scale=ctx.scale
+            grad, query, keys, values, out, lse, 0.0, False, attn_mask=added, scale=ctx.scale
         )
         ds = (weight * (_rowwise(grad, value) - _rowwise(grad, out)) * ctx.scale).to(query.dtype)[..., None]
-        return dq.addcmul_(ds, key), dkeys, dvalues, ds * query, weight.to(grad.dtype)[..., None] * grad, None, None
+        return dq.addcmul_(ds, key), dkeys, dvalues, ds * query, weight.to(grad.dtype)[..., None] * grad, None, None, None
 
 
 def _rowwise(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of rows, in float32 at the least, a head at a time: fresh memory costs more than the products."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty(x.shape[:-1], dtype=wide, device=x.device)
+    products = torch.empty(x.shape[2:], dtype=x.dtype, device=x.device)
     for b in range(x.shape[0]):
         for h in range(x.shape[1]):
-            torch.sum(x[b, h] * y[b, h], -1, dtype=wide, out=out[b, h])
+            torch.sum(torch.mul(x[b, h], y[b, h], out=products), -1, dtype=wide, out=out[b, h])
     return out

@@ -41,8 +41,8 @@ def subset_attention(
     if not (include_self or causal or dropout_p > 0 or return_lse):
         return sdpa(query, keys, values, every, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not (causal or dropout_p > 0 or return_lse or shown is not None) and _fused.serves(query, keys, value) and bool(here.all()):
-        return _fused.with_own_key(query, keys, values, key, value, ~chosen, scale)
+    if not (causal or dropout_p > 0 or return_lse or shown is not None) and _fused.serves(query, keys, value) and bool(here.any(-1).all()):
+        return _fused.with_own_key(query, keys, values, key, value, ~chosen, scale, None if here.all() else ~every)
     shift = n - m if causal == "bottom_right" else 0
     spread = columns.repeat_interleave(h // max(g, 1), 1)[:, :, None]
     own = ~chosen if shown is None else ~chosen & shown

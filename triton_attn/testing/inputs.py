@@ -48,7 +48,7 @@ def draw(
         elif given.kind == "offsets":
             tensors[name] = _offsets(size[0], case.sizes[given.into], generator).to(device)
         elif given.kind == "index":
-            tensors[name] = _indices(size, case.sizes[given.into], generator).to(device)
+            tensors[name] = INDICES[how](size, case.sizes[given.into], generator).to(device)
         else:
             mask = MASKS[how](size, generator)
             tensors[name] = (laid_out(mask, FAR) if layout == FAR else mask).to(device)
@@ -75,7 +75,8 @@ def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tup
         how = options.pop(name, None)
         if given.kind == "seed":
             how = options.get("dropout_p") or None
-        how = "normal" if given.required else how
+        if given.required:
+            how = how or ("random" if given.kind == "index" else "normal")
         # a case does without the axes of what it leaves out
         wanted.append((name, given, how, () if how is None else shape(given.axes, case.sizes)))
     return wanted, options
@@ -132,9 +133,14 @@ def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(size, generator=generator) < 0.4
 
 
-def _indices(size: tuple[int, ...], length: int, generator: torch.Generator) -> Tensor:
+def _any_indices(size: tuple[int, ...], length: int, generator: torch.Generator) -> Tensor:
     """Positions below a length, in any order and some of them twice."""
     return torch.randint(length, size, generator=generator) if length else torch.zeros(*size[:-1], 0, dtype=torch.int64)
+
+
+def _distinct_indices(size: tuple[int, ...], length: int, generator: torch.Generator) -> Tensor:
+    """Positions below a length, in order and none of them twice."""
+    return torch.rand(*size[:-1], length, generator=generator).argsort(-1)[..., : size[-1]].sort(-1)[0]
 
 
 def _offsets(count: int, length: int, generator: torch.Generator) -> Tensor:
@@ -154,6 +160,7 @@ def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.arange(size[1]) >= lengths
 
 
+INDICES: dict[str, Callable[[tuple[int, ...], int, torch.Generator], Tensor]] = {"random": _any_indices, "distinct": _distinct_indices}
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": Tensor.abs}
 MASKS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "boolean": _boolean,
