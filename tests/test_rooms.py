@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "kernels.*": ("kernels._* tiles device reference._dropout", "torch triton"),
     "functional.__init__": ("functional.*", ""),
     "functional.scaled_dot_product_attention": (f"{BELOW} functional.attention", "torch"),
+    "functional.hydra_attention functional.ripple_attention": (f"{BELOW} functional._* functional.linear_attention", "torch"),
     "functional.sparse_attention": (f"{BELOW} functional._* functional.*_attention functional.attention", "torch"),
     "functional.*": (f"{BELOW} functional._* reference.* portable.* kernels.*", "torch"),
     "catalog": ("mechanism operators functional.*", ""),

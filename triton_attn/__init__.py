@@ -5,8 +5,10 @@ from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.attention import attention
 from triton_attn.functional.dilated_attention import dilated_attention
+from triton_attn.functional.hydra_attention import hydra_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
+from triton_attn.functional.ripple_attention import ripple_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
 from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
 from triton_attn.functional.sparse_attention import sparse_attention
@@ -20,9 +22,11 @@ __all__ = [
     "attention",
     "dilated_attention",
     "explain",
+    "hydra_attention",
     "linear_attention",
     "linear_attention_step",
     "local_global_attention",
+    "ripple_attention",
     "scaled_dot_product_attention",
     "selective_scan",
     "selective_scan_fn",

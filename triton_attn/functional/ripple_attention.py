@@ -1,0 +1,146 @@
+"""Ripple attention: linear attention to keys and values that were averaged over cells of a grid, which grow stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_attn import arguments
+from triton_attn.arguments import ArgumentError
+from triton_attn.functional import _softmax as softmax
+from triton_attn.functional.linear_attention import FEATURE_MAPS, linear_attention
+from triton_attn.functional.linear_attention import ROW as LINEAR
+
+Layer = tuple[Tensor, Tensor, Tensor, Tensor]  # weight and bias of a linear layer, weight and bias of the LayerNorm after it
+_WHO: Any = SimpleNamespace(name="ripple_attention")
+
+
+def ripple_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool: Sequence[Layer],
+    expand: Sequence[Layer],
+    *,
+    num_stages: int = 3,
+    grid_size: tuple[int, int] | None = None,
+    num_prefix_tokens: int = 1,
+    feature_map: str = "crelu",
+    key_padding_mask: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Linear attention of every query to pooled keys: O(N D E) for the queries, a fraction of it for the keys.
+
+    For each stage s, while there is more than one cell: cells of 2 x 2 (of 2 without a grid) become one, key and value being means
+    over the tokens that are not masked, and k <- k + GELU(LN(W_s k + b_s)). With c_j the number of tokens in cell j,
+
+        out_i = sum_j c_j <phi(q_i), phi(k_j)> v_j / (sum_j c_j <phi(q_i), phi(k_j)> + eps),
+
+    then, for each stage that pooled, backwards: out <- out + GELU(LN(W'_s out + b'_s)). Prefix tokens, such as a class token, are keys
+    that are never pooled. With num_stages = 0 this is `triton_attn.linear_attention`.
+
+    Args:
+        query: (B, H, N, D), float16, bfloat16, float32 or float64.
+        key: (B, H, N, D); prefix tokens first, then the cells of the grid row by row.
+        value: (B, H, N, E).
+        pool: one (weight (D, D), bias (D,), norm_weight (D,), norm_bias (D,)) for each stage.
+        expand: the same at width E.
+        num_stages: 0 to len(pool).
+        grid_size: (rows, columns) of the tokens after the prefix; None: a sequence.
+        num_prefix_tokens: 0 and more.
+        feature_map: phi, as in `triton_attn.linear_attention`; not "identity", whose scores may be negative.
+        key_padding_mask: (B, N) boolean, True = ignore: absent from means, counts and sums.
+        eps: added to the sum of the scores.
+
+    Returns:
+        (B, H, N, E) in the inputs' dtype.
+
+    Raises:
+        ArgumentError: an argument is wrong; the message names it and what is allowed.
+        Unsupported: use_backend("triton") was asked for and no kernel can serve the linear attention.
+
+    Source: RippleAttention of Linear-ViT, with pooling before phi (after it scores may be negative), over the image's two axes, weighted
+    by counts. It shares only the name with Zheng et al., "Ripple Attention for Visual Perception with Sub-quadratic Complexity", 2021.
+    """
+    sizes = softmax.check(LINEAR, _tensors(query, key, value, key_padding_mask))
+    n, h, g = sizes["n"], sizes["h"], sizes["g"]
+    if sizes["m"] != n or h != g:
+        raise ArgumentError(_WHO.name, "key", f"has {g} heads and {n} positions; allowed: query's, {h} and {sizes['m']}")
+    if arguments.choice(_WHO, "feature_map", feature_map, FEATURE_MAPS) == "identity":
+        raise ArgumentError(_WHO.name, "feature_map", "is 'identity'; allowed: 'elu', 'relu', 'crelu'")
+    prefix = arguments.whole(_WHO, "num_prefix_tokens", num_prefix_tokens, 0, n)
+    stages = arguments.whole(_WHO, "num_stages", num_stages, 0, min(len(pool), len(expand)))
+    grid = (1, n - prefix) if grid_size is None else tuple(grid_size)
+    if len(grid) != 2 or grid[0] * grid[1] != n - prefix:
+        allowed = f"two sizes whose product is {n - prefix}, the tokens after the prefix"
+        raise ArgumentError(_WHO.name, "grid_size", f"is {grid_size}; allowed: {allowed}")
+    for name, layers, width in (("pool", pool, sizes["d"]), ("expand", expand, sizes["e"])):
+        for stage in range(stages):
+            _check_layer(f"{name}[{stage}]", layers[stage], width)
+
+    count = query.new_ones(query.shape[0], 1, n, 1)
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, None, :, None]
+        key, value, count = (x.masked_fill(hidden, 0.0) for x in (key, value, count))
+    first = [x[:, :, :prefix] for x in (key, value, count)]
+    cells = [x[:, :, prefix:].reshape(*x.shape[:2], *grid, x.shape[3]) for x in (key, value, count)]
+    pooled, most = 0, 1
+    while pooled < stages and grid[0] * grid[1] > 1:
+        key, value, count = cells = _means(*cells)
+        cells[0] = key + _layer(key, pool[pooled])
+        most *= min(grid[0], 2) * 2
+        grid = (key.shape[2], key.shape[3])
+        pooled += 1
+    key, value, count = (torch.cat((a, b.flatten(2, 3)), 2) for a, b in zip(first, cells, strict=True))
+    # counts relative to a full cell's, or products of large ones would leave float16
+    full = 1.0 / most
+    out = _weighted(query, key, value, count * full, feature_map, eps * full, absent=key_padding_mask is not None)
+    for stage in reversed(range(pooled)):
+        out = out + _layer(out, expand[stage])
+    return out
+
+
+def _tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> dict[str, Tensor | None]:
+    absent = dict.fromkeys(LINEAR.inputs)
+    return {**absent, "query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
+
+
+def _check_layer(name: str, layer: Layer, width: int) -> None:
+    shapes = [tuple(part.shape) for part in layer]
+    allowed = [(width, width), (width,), (width,), (width,)]
+    if shapes != allowed:
+        raise ArgumentError(_WHO.name, name, f"has shapes {shapes}; allowed: {allowed}, a linear layer and a LayerNorm")
+
+
+def _means(key: Tensor, value: Tensor, count: Tensor) -> list[Tensor]:
+    """Cells of 2 x 2 of (B, H, rows, columns, .) in one, weighted by their counts; a grid of one row keeps it."""
+    rows, columns = key.shape[2:4]
+    height, wide = min(rows, 2), torch.promote_types(key.dtype, torch.float32)
+    summed, weight = [], count.to(wide)
+    for x in (key * weight, value * weight, weight):
+        x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % height))
+        x = x.view(*x.shape[:2], -1, height, x.shape[3] // 2, 2, x.shape[4])
+        summed.append(x.sum((3, 5)))
+    total = summed[2].clamp(min=1)
+    return [(summed[0] / total).to(key.dtype), (summed[1] / total).to(value.dtype), summed[2].to(count.dtype)]
+
+
+def _layer(x: Tensor, layer: Layer) -> Tensor:
+    weight, bias, norm_weight, norm_bias = layer
+    return F.gelu(F.layer_norm(F.linear(x, weight, bias), bias.shape, norm_weight, norm_bias))
+
+
+def _weighted(query: Tensor, key: Tensor, value: Tensor, count: Tensor, feature_map: str, eps: float, *, absent: bool) -> Tensor:
+    """Linear attention in which each key counts `count` times."""
+    gone = count.expand(-1, -1, -1, 1)[:, 0, :, 0] == 0 if absent else None
+    if feature_map in ("relu", "crelu"):  # c phi(k) = phi(c k)
+        key = key * count
+    else:
+        query, key, feature_map = F.elu(query) + 1, (F.elu(key) + 1) * count, "identity"
+    out: Tensor = linear_attention(query, key, value, feature_map=feature_map, eps=eps, key_padding_mask=gone)
+    return out
