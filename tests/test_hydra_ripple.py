@@ -22,11 +22,10 @@ def crelu(x: Tensor) -> Tensor:
     return torch.cat((x.relu(), (-x).relu()), -1)
 
 
-def quadratic(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phi: Callable[[Tensor], Tensor], eps: float = 1e-6) -> Any:
+def quadratic(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phi: Callable[[Tensor], Tensor], eps: float = 1e-6) -> Tensor:
     """Every score, each key weighted by (B, M)."""
-    scores = phi(query) @ phi(key).mT * weight[:, None, None]
-    out: Tensor = scores @ value / (scores.sum(-1, keepdim=True) + eps)
-    return out
+    scores: Tensor = phi(query) @ phi(key).mT * weight[:, None, None]
+    return scores @ value / (scores.sum(-1, keepdim=True) + eps)
 
 
 def unit(x: Tensor) -> Tensor:

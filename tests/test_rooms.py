@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "__init__": ("arguments catalog dispatch tiles functional.*", ""),
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
-    "models.*": ("__init__ nn.* models.*", "torch"),
+    "models.*": ("__init__ arguments nn.* models.*", "torch"),
     "integrations.*": ("__init__ nn.*", "torch transformers open_clip timm"),
 }
 

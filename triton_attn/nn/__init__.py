@@ -8,6 +8,7 @@ from triton_attn.nn.local_global_attention import LocalGlobalAttention
 from triton_attn.nn.multihead_attention import MultiheadAttention
 from triton_attn.nn.ripple_attention import RippleAttention
 from triton_attn.nn.strided_attention import StridedAttention
+from triton_attn.nn.token_attention import TokenAttention
 
 __all__ = [
     "CrossMemoryAttention",
@@ -17,5 +18,6 @@ __all__ = [
     "MultiheadAttention",
     "RippleAttention",
     "StridedAttention",
+    "TokenAttention",
     "build",
 ]
