@@ -25,7 +25,8 @@ def crelu(x: Tensor) -> Tensor:
 def quadratic(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phi: Callable[[Tensor], Tensor], eps: float = 1e-6) -> Tensor:
     """Every score, each key weighted by (B, M)."""
     scores: Tensor = phi(query) @ phi(key).mT * weight[:, None, None]
-    return scores @ value / (scores.sum(-1, keepdim=True) + eps)
+    out: Tensor = scores @ value / (scores.sum(-1, keepdim=True) + eps)
+    return out
 
 
 def unit(x: Tensor) -> Tensor:

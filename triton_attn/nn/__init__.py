@@ -1,23 +1,34 @@
-"""Modules over our functions: torch.nn's, HierarchicalVLM's and Linear-ViT's, same parameters, same calls."""
+"""Modules over our functions: torch.nn's and those of the systems we re-implement, same parameters, same calls."""
 
 from triton_attn.nn.configuration import build
 from triton_attn.nn.cross_memory_attention import CrossMemoryAttention
+from triton_attn.nn.dilated_attention import DilatedAttention, ImprovedDilatedAttention
+from triton_attn.nn.dilated_states import from_darcstar, from_dilated_attention_pytorch, from_torchscale
 from triton_attn.nn.hierarchical_attention_block import HierarchicalAttentionBlock
 from triton_attn.nn.hydra_attention import HydraAttention
 from triton_attn.nn.local_global_attention import LocalGlobalAttention
 from triton_attn.nn.multihead_attention import MultiheadAttention
+from triton_attn.nn.multihead_dilated_attention import ImprovedMultiheadDilatedAttention, MultiheadDilatedAttention, magneto_gain
 from triton_attn.nn.ripple_attention import RippleAttention
 from triton_attn.nn.strided_attention import StridedAttention
 from triton_attn.nn.token_attention import TokenAttention
 
 __all__ = [
     "CrossMemoryAttention",
+    "DilatedAttention",
     "HierarchicalAttentionBlock",
     "HydraAttention",
+    "ImprovedDilatedAttention",
+    "ImprovedMultiheadDilatedAttention",
     "LocalGlobalAttention",
     "MultiheadAttention",
+    "MultiheadDilatedAttention",
     "RippleAttention",
     "StridedAttention",
     "TokenAttention",
     "build",
+    "from_darcstar",
+    "from_dilated_attention_pytorch",
+    "from_torchscale",
+    "magneto_gain",
 ]

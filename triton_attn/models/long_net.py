@@ -1,0 +1,196 @@
+"""LongNet: a decoder language model on dilated attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triton_attn import ArgumentError, arguments, attention, dilated_attention
+from triton_attn.nn import magneto_gain
+from triton_attn.nn.dilated_attention import pattern
+
+POSITIONS = ("xpos", "rotary")
+
+
+class LongNet(nn.Module):
+    """Decoder of pre-norm blocks with sub-layer norms: x += W_o LN(attention(LN x)); x += W_2 LN(GELU(W_1 LN x)); logits by the embedding.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: width of tokens.
+        depth: number of blocks.
+        heads: a divisor of dim, with heads of an even width.
+        segment_lengths, dilation_rates: of the branches; None for both: dense attention.
+        mlp_ratio: width inside of the MLP over dim.
+        dropout: of attention weights and of what blocks add.
+        position: "rotary", or "xpos": rotary with queries and keys scaled by their distance.
+        xpos_scale_base: tokens over which "xpos" decays by its factor.
+        mode, offset_rule, overlap: as in `triton_attn.dilated_attention`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ArgumentError: an argument is wrong; the message names it and what is allowed.
+
+    Source: Ding et al., "LongNet: Scaling Transformers to 1,000,000,000 Tokens", 2023; Sun et al., "A Length-Extrapolatable
+    Transformer", 2022, for xpos; Wang et al., "Foundation Transformers", 2022, for sub-layer norms and initial values.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        segment_lengths: Sequence[int] | None = (2048, 4096, 8192, 16384, 32768),
+        dilation_rates: Sequence[int] | None = (1, 2, 4, 6, 12),
+        *,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        position: str = "xpos",
+        xpos_scale_base: float = 512.0,
+        mode: str = "longnet",
+        offset_rule: str = "block",
+        overlap: str = "count",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        for argument, given in (("num_tokens", num_tokens), ("dim", dim), ("depth", depth), ("heads", heads)):
+            arguments.whole(self, argument, given, 1)
+        if dim % (2 * heads):
+            raise ArgumentError(self.name, "heads", f"is {heads}; allowed: a divisor of dim / 2, {dim / 2:g}")
+        if (segment_lengths is None) != (dilation_rates is None):
+            raise ArgumentError(self.name, "dilation_rates", "and segment_lengths are not both given; allowed: both, or None for both")
+        options: dict[str, Any] = {}
+        if segment_lengths is not None and dilation_rates is not None:
+            lengths, rates = pattern(self, segment_lengths, dilation_rates)
+            options = {"segment_lengths": lengths, "dilation_rates": rates, "mode": mode, "offset_rule": offset_rule, "overlap": overlap}
+        arguments.choice(self, "position", position, POSITIONS)
+        factory = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(num_tokens, dim, **factory)
+        self.positions = Rotary(dim // heads, xpos_scale_base if position == "xpos" else None)
+        arguments.probability(self, "dropout", dropout)
+        self.blocks = nn.ModuleList(Block(dim, heads, round(mlp_ratio * dim), dropout, options, factory) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, **factory)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        for block in self.blocks:
+            block.reset_parameters(magneto_gain(depth))  # type: ignore[operator]
+
+    @property
+    def name(self) -> str:
+        """The class's, for messages."""
+        return type(self).__name__
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N) whole numbers -> (B, N, num_tokens), logits of what follows each."""
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ArgumentError(self.name, "tokens", f"is {tokens.dtype} of shape {tuple(tokens.shape)}; allowed: whole numbers, (B, N)")
+        x = self.embedding(tokens)
+        turns = self.positions(tokens.shape[1], tokens.device)
+        for block in self.blocks:
+            x = block(x, turns)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, length: int, *, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Append `length` tokens to (B, N), each drawn from softmax(logits / temperature), or the likeliest at temperature 0.
+
+        Every token is computed from the whole sequence before it: segments have no cache of fixed size.
+
+        Args:
+            tokens: (B, N), N of 1 and more.
+            length: how many to append.
+            temperature: 0 and more.
+            top_k: draw from so many of the likeliest alone.
+            generator: what draws.
+
+        Returns:
+            (B, N + length).
+
+        Raises:
+            ArgumentError: an argument is wrong; the message names it and what is allowed.
+        """
+        arguments.whole(self, "length", length, 0)
+        if arguments.finite(self, "temperature", temperature) < 0:
+            raise ArgumentError(self.name, "temperature", f"is {temperature}; allowed: 0 and more")
+        for _ in range(length):
+            logits = self(tokens)[:, -1].float()
+            if top_k is not None:
+                least = logits.topk(min(arguments.whole(self, "top_k", top_k, 1), logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            if temperature == 0:
+                drawn = logits.argmax(-1, keepdim=True)
+            else:
+                drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, drawn.to(tokens.dtype)), 1)
+        return tokens
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of each position and frequency 10000^(-2 i / width), and xpos's factors."""
+
+    frequency: Tensor
+
+    def __init__(self, width: int, scale_base: float | None) -> None:
+        super().__init__()
+        even = torch.arange(0, width, 2, dtype=torch.float32)
+        self.scale_base, self.width = scale_base, width
+        self.register_buffer("frequency", 10000.0 ** (-even / width), persistent=False)
+
+    def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(cos, sin, factor), each (N, width / 2); a query is multiplied by factor, a key divided by it."""
+        place = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+        angle = place * self.frequency.to(device)
+        if self.scale_base is None:
+            return angle.cos(), angle.sin(), None
+        decay = (torch.arange(0, self.width, 2, device=device) + 0.4 * self.width) / (1.4 * self.width)
+        return angle.cos(), angle.sin(), decay ** ((place - length // 2) / self.scale_base)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, N, D): each pair of neighbours rotated, in float32."""
+    even, odd = x[..., ::2].float(), x[..., 1::2].float()
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a norm before and one inside."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, options: dict[str, Any], factory: dict[str, Any]) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.options = heads, dropout, options
+        self.attn_norm = nn.LayerNorm(dim, **factory)
+        self.qkv_proj = nn.Linear(dim, 3 * dim, **factory)
+        self.inner_norm = nn.LayerNorm(dim, **factory)
+        self.out_proj = nn.Linear(dim, dim, **factory)
+        self.mlp_norm = nn.LayerNorm(dim, **factory)
+        self.fc1 = nn.Linear(dim, hidden, **factory)
+        self.hidden_norm = nn.LayerNorm(hidden, **factory)
+        self.fc2 = nn.Linear(hidden, dim, **factory)
+
+    def reset_parameters(self, gain: float) -> None:
+        """Normal after Xavier; values, output and MLP with a gain."""
+        query, key, value = self.qkv_proj.weight.chunk(3)
+        for weight, factor in ((query, 1.0), (key, 1.0), (value, gain), *((x.weight, gain) for x in (self.out_proj, self.fc1, self.fc2))):
+            nn.init.xavier_normal_(weight, gain=factor)
+        for layer in (self.qkv_proj, self.out_proj, self.fc1, self.fc2):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        b, n, dim = x.shape
+        query, key, value = self.qkv_proj(self.attn_norm(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        cos, sin, factor = turns
+        query = turned(query, cos, sin) if factor is None else turned(query, cos * factor, sin * factor)
+        key = turned(key, cos, sin) if factor is None else turned(key, cos / factor, sin / factor)
+        dropout = self.dropout if self.training else 0.0
+        call = dilated_attention if self.options else attention
+        out = call(query, key, value, causal=True, dropout_p=dropout, **self.options)
+        x = x + F.dropout(self.out_proj(self.inner_norm(out.transpose(1, 2).reshape(b, n, dim))), self.dropout, self.training)
+        hidden = self.hidden_norm(F.gelu(self.fc1(self.mlp_norm(x))))
+        return x + F.dropout(self.fc2(hidden), self.dropout, self.training)
