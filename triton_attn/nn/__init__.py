@@ -1,6 +1,7 @@
 """Modules over our functions: torch.nn's and those of the systems we re-implement, same parameters, same calls."""
 
 from triton_attn.nn.configuration import build
+from triton_attn.nn.cross_attention import CrossAttentionModule, ImageCrossAttentionModule, image_context, norm_matched_add
 from triton_attn.nn.cross_memory_attention import CrossMemoryAttention
 from triton_attn.nn.dilated_attention import DilatedAttention, ImprovedDilatedAttention
 from triton_attn.nn.dilated_states import from_darcstar, from_dilated_attention_pytorch, from_torchscale
@@ -14,10 +15,12 @@ from triton_attn.nn.strided_attention import StridedAttention
 from triton_attn.nn.token_attention import TokenAttention
 
 __all__ = [
+    "CrossAttentionModule",
     "CrossMemoryAttention",
     "DilatedAttention",
     "HierarchicalAttentionBlock",
     "HydraAttention",
+    "ImageCrossAttentionModule",
     "ImprovedDilatedAttention",
     "ImprovedMultiheadDilatedAttention",
     "LocalGlobalAttention",
@@ -30,5 +33,7 @@ __all__ = [
     "from_darcstar",
     "from_dilated_attention_pytorch",
     "from_torchscale",
+    "image_context",
     "magneto_gain",
+    "norm_matched_add",
 ]
