@@ -10,13 +10,14 @@ PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 
 NEW := .venv/.installed
 OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
+OPEN_CLIP := .venv-open-clip/.installed
 PEERS := .venv/.peers
 LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all test-foreign lint types compile tables bench docs clean
+.PHONY: report test test-all test-foreign test-open-clip lint types compile tables bench docs clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -24,12 +25,16 @@ report: $(NEW)
 test: $(NEW)
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(NEW) test-foreign
+test-all: $(NEW) test-foreign test-open-clip
 	$(PYTEST) tests
 
 # Kernels that nobody here wrote, under the strict interpreter.
 test-foreign: $(FOREIGN)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-foreign/bin/python -m pytest -n 2 -q tests/test_foreign_kernels.py
+
+# Our blocks inside of open_clip's own model.
+test-open-clip: $(OPEN_CLIP)
+	.venv-open-clip/bin/python -m pytest -q tests/test_open_clip.py
 
 lint: $(NEW)
 	.venv/bin/ruff check .
@@ -57,7 +62,7 @@ docs: $(NEW)
 	.venv/bin/python docs/build.py
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-foreign build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-triton36 .venv-foreign .venv-open-clip build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch by itself first: pip takes the build that the machine offers. A CUDA build requires one exact triton, a CPU build none.
@@ -89,4 +94,13 @@ $(FOREIGN): pyproject.toml constraints.txt
 	@.venv-foreign/bin/python $(PIP) -c constraints.txt torch
 	@.venv-foreign/bin/python $(PIP) -c constraints.txt triton==$(TRITON) pytest-benchmark pytest-xdist -e '.[testing]'
 	@.venv-foreign/bin/python $(PIP) --no-deps $(LIBRARIES)
+	@touch $@
+
+# torchvision of the same torch, or pip would bring another build of it.
+$(OPEN_CLIP): pyproject.toml constraints.txt
+	@echo "installing into .venv-open-clip (once, some minutes)"
+	@$(PYTHON) -m venv .venv-open-clip
+	@.venv-open-clip/bin/python $(PIP) -c constraints.txt torch
+	@.venv-open-clip/bin/python $(PIP) -c constraints.txt triton==$(TRITON) pytest-benchmark scikit-learn pillow -e '.[testing]'
+	@.venv-open-clip/bin/python $(PIP) -c constraints.txt open_clip_torch==3.3.0 torchvision==0.28.0
 	@touch $@

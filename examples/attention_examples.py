@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "subset_attention": lambda: triton_attn.subset_attention(query, key, value, indices=columns, **same),
         "sparse_attention": lambda: triton_attn.sparse_attention(query, key, value, keep_ratio=0.125, **same),
         "dilated_attention": lambda: triton_attn.dilated_attention(query, key, value, segment_lengths=[128, 512], dilation_rates=[1, 4]),
+        "hydra_attention": lambda: triton_attn.hydra_attention(torch.randn(B, 4, H, N, D), query, query),
+        "ripple_attention": lambda: triton_attn.ripple_attention(query, query, query, [], [], num_stages=0),
         "scaled_dot_product_attention": lambda: triton_attn.scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
 
@@ -46,6 +49,9 @@ def modules() -> dict[str, Callable[[], Any]]:
     """By module: 500 tokens, 768 wide, one sequence."""
     x, memory = torch.randn(1, N, 768), torch.randn(1, 100, 768)
     built: Any = nn.build(CONFIGURATION)
+    heads = x.view(1, N, 12, 64)
+    pattern: dict[str, Any] = {"segment_lengths": (128, 512), "dilation_rates": (1, 4)}
+    blocks = {f"nn.{name}": getattr(nn, name) for name in nn.__all__ if "Residual" in name}
     return {
         "nn.MultiheadAttention": lambda: nn.MultiheadAttention(768, 12, batch_first=True)(x, x, x, need_weights=False)[0],
         "nn.StridedAttention": lambda: nn.StridedAttention(stride=4)(x),
@@ -53,7 +59,23 @@ def modules() -> dict[str, Callable[[], Any]]:
         "nn.CrossMemoryAttention": lambda: nn.CrossMemoryAttention().fuse_with_memory(x, memory, 0.3),
         "nn.HierarchicalAttentionBlock": lambda: nn.HierarchicalAttentionBlock(attention_type="cross_memory")(x, memory),
         "nn.build": lambda: built["block"](x, memory),
+        "nn.DilatedAttention": lambda: nn.DilatedAttention(**pattern)(heads, heads, heads, is_causal=True),
+        "nn.ImprovedDilatedAttention": lambda: nn.ImprovedDilatedAttention(**pattern)(heads, heads, heads),
+        "nn.MultiheadDilatedAttention": lambda: nn.MultiheadDilatedAttention(768, 12, **pattern)(x, is_causal=True)[0],
+        "nn.ImprovedMultiheadDilatedAttention": lambda: nn.ImprovedMultiheadDilatedAttention(768, 12, **pattern)(x)[0],
+        "nn.HydraAttention": lambda: nn.HydraAttention(768, 12)(x),
+        "nn.RippleAttention": lambda: nn.RippleAttention(768, 12)(x),
+        "nn.TokenAttention": lambda: nn.TokenAttention(768, 12, mechanism="strided_attention", options={"stride": 4})(x),
+        "nn.CrossAttentionModule": lambda: nn.CrossAttentionModule()(x[:, :77], memory),
+        "nn.ImageCrossAttentionModule": lambda: nn.ImageCrossAttentionModule(768)(x, memory),
+        "nn.EnhancedTransformer": lambda: nn.EnhancedTransformer(768, 2, 12, block_type="sparse")(x),
+        **{name: partial(_called, block, x) for name, block in blocks.items()},
     }
+
+
+def _called(block: Any, x: Tensor) -> Tensor:
+    out: Tensor = block(768, 12)(x)
+    return out
 
 
 def rest(shown: set[str]) -> dict[str, Callable[[], Any]]:
@@ -74,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, call in every.items():
         found = call()
         shapes = ", ".join(str(tuple(x.shape)) for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, Tensor))
-        print(f"{name:32} -> {shapes:32} {triton_attn.explain(call).path}")
+        print(f"{name:37} -> {shapes:32} {triton_attn.explain(call).path}")
     return 0
 
 

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
-    "integrations.*": ("__init__ nn.* integrations.*", "torch transformers open_clip timm"),
+    "integrations.*": ("__init__ arguments nn.* integrations.*", "torch transformers open_clip timm"),
 }
 
 
