@@ -20,7 +20,7 @@ if not (importlib.util.find_spec("open_clip") and importlib.util.find_spec("torc
 _library = torch.library.Library("torchvision", "FRAGMENT")
 for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
     if not hasattr(torch.ops.torchvision, _schema.partition("(")[0]):
-        _library.define(f"{_schema} -> Tensor")
+        _library.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
 
 open_clip = pytest.importorskip("open_clip")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -50,7 +50,8 @@ def test_standard_blocks_change_no_feature(clip: Any) -> None:
     before = features(clip)
     report = replace_transformer_in_model(clip[0], "standard", ("visual", "text"))
     assert isinstance(clip[0].transformer, EnhancedTransformer)
-    assert type(clip[0].transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    first: Any = clip[0].transformer.resblocks[0]
+    assert type(first.mlp.gelu).__name__ == "QuickGELU"
     assert report.initialised == ()
     for a, b in zip(features(clip), before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -71,7 +72,7 @@ def test_every_kind_trains_saves_and_loads(clip: Any, kind: str) -> None:
             image, words, scale = model(images, text)[:3]
             loss = torch.nn.functional.cross_entropy(scale * image @ words.mT, torch.arange(2))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
