@@ -9,6 +9,7 @@ from triton_attn.functional.linear_attention import linear_attention, linear_att
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
 from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
+from triton_attn.functional.selective_state_update import selective_state_update
 from triton_attn.functional.sparse_attention import sparse_attention
 from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
@@ -26,6 +27,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "selective_scan",
     "selective_scan_fn",
+    "selective_state_update",
     "sparse_attention",
     "strided_attention",
     "subset_attention",

@@ -175,13 +175,13 @@ def whole_numbers(who: Named, argument: str, given: Sequence[int]) -> list[int]:
     return list(given)
 
 
-def inside(row: Mechanism, argument: str, indices: torch.Tensor, size: int) -> None:
+def inside(who: Named, argument: str, indices: torch.Tensor, size: int) -> None:
     """Indices of 0 to size - 1; asked only where looking costs nothing: of a real tensor on a CPU."""
     if not _readable(indices) or indices.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(indices))
     if low < 0 or high >= size:
-        raise ArgumentError(row.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
+        raise ArgumentError(who.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
 
 
 def offsets(row: Mechanism, argument: str, given: torch.Tensor, length: int) -> None:

@@ -50,7 +50,8 @@ def selective_scan(
     A = A.to(wide)
     tensors = (u, size, A, B, C)
     start = None if initial_state is None else initial_state.to(wide)
-    y, last = scanned(*tensors, start, cu_seqlens) if _watched(u) else Scan.apply(*tensors, start, cu_seqlens)  # type: ignore[no-untyped-call]
+    # one step needs no buffers
+    y, last = scanned(*tensors, start, cu_seqlens) if _watched(u) or u.shape[2] == 1 else Scan.apply(*tensors, start, cu_seqlens)  # type: ignore[no-untyped-call]
     if D is not None:
         y = y + D.to(wide)[:, None] * u
     if z is not None:
