@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "functional.__init__": ("functional.*", ""),
     "functional.scaled_dot_product_attention": (f"{BELOW} functional.attention", "torch"),
     "functional.sparse_attention": (f"{BELOW} functional._* functional.*_attention functional.attention", "torch"),
-    "functional.selective_state_update": (f"{BELOW} functional.selective_scan", "torch"),
+    "functional.*_update": (f"{BELOW} functional.causal_conv1d functional.selective_scan", "torch"),
     "functional.*": (f"{BELOW} functional._* reference.* portable.* kernels.*", "torch"),
     "catalog": ("mechanism operators functional.*", ""),
     "testing.*": ("mechanism device tiles testing.*", "torch triton numpy hypothesis pytest"),

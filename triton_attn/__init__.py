@@ -4,6 +4,8 @@ from triton_attn.arguments import ArgumentError
 from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.attention import attention
+from triton_attn.functional.causal_conv1d import causal_conv1d, causal_conv1d_fn
+from triton_attn.functional.causal_conv1d_update import causal_conv1d_update
 from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
@@ -19,6 +21,9 @@ __all__ = [
     "ArgumentError",
     "Unsupported",
     "attention",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "dilated_attention",
     "explain",
     "linear_attention",

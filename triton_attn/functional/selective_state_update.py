@@ -59,7 +59,9 @@ def selective_state_update(
     rows, *channels, n = state.shape
     batch = rows
     if state_batch_indices is not None:
-        batch = _rows(state_batch_indices, rows)
+        batch = x.shape[0]
+        arguments.indices(_Self, "state_batch_indices", state_batch_indices, batch)
+        arguments.inside(_Self, "state_batch_indices", state_batch_indices, rows)
     of_channels, of_items = tuple(channels), (batch, *channels)
     for name, optional, shape in (
         ("x", x, of_items),
@@ -99,14 +101,6 @@ def selective_state_update(
         state.index_copy_(0, state_batch_indices.long(), after)
     merged: Tensor = out[..., 0]
     return merged.view(x.shape)
-
-
-def _rows(indices: Tensor, rows: int) -> int:
-    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
-        found = f"{indices.dtype}, {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
-        raise ArgumentError(_NAME, "state_batch_indices", f"is {found}; allowed: (B,), torch.int32 or torch.int64")
-    arguments.inside(_Self, "state_batch_indices", indices, rows)
-    return indices.shape[0]
 
 
 def _grouped(name: str, x: Tensor, batch: int, divided: int, n: int) -> Tensor:
