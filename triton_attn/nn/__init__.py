@@ -4,6 +4,7 @@ from triton_attn.nn.configuration import build
 from triton_attn.nn.cross_memory_attention import CrossMemoryAttention
 from triton_attn.nn.hierarchical_attention_block import HierarchicalAttentionBlock
 from triton_attn.nn.local_global_attention import LocalGlobalAttention
+from triton_attn.nn.mamba_layer import MambaLayer
 from triton_attn.nn.multihead_attention import MultiheadAttention
 from triton_attn.nn.strided_attention import StridedAttention
 
@@ -11,6 +12,7 @@ __all__ = [
     "CrossMemoryAttention",
     "HierarchicalAttentionBlock",
     "LocalGlobalAttention",
+    "MambaLayer",
     "MultiheadAttention",
     "StridedAttention",
     "build",
