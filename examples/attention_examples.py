@@ -58,6 +58,7 @@ def modules() -> dict[str, Callable[[], Any]]:
         "nn.LocalGlobalAttention": lambda: nn.LocalGlobalAttention(local_window=64, num_global_tokens=4)(x),
         "nn.CrossMemoryAttention": lambda: nn.CrossMemoryAttention().fuse_with_memory(x, memory, 0.3),
         "nn.HierarchicalAttentionBlock": lambda: nn.HierarchicalAttentionBlock(attention_type="cross_memory")(x, memory),
+        "nn.MambaLayer": lambda: nn.MambaLayer()(x),
         "nn.build": lambda: built["block"](x, memory),
         "nn.DilatedAttention": lambda: nn.DilatedAttention(**pattern)(heads, heads, heads, is_causal=True),
         "nn.ImprovedDilatedAttention": lambda: nn.ImprovedDilatedAttention(**pattern)(heads, heads, heads),

@@ -17,7 +17,7 @@ if not (importlib.util.find_spec("open_clip") and importlib.util.find_spec("torc
     pytest.skip("needs open_clip, torchvision and scikit-learn", allow_module_level=True)
 
 # torchvision's wheel is built for CUDA; beside a CPU torch it imports if two of its operators are known by name
-_library = torch.library.Library("torchvision", "FRAGMENT")
+_library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
     if not hasattr(torch.ops.torchvision, _schema.partition("(")[0]):
         _library.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]

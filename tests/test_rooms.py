@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "functional.scaled_dot_product_attention": (f"{BELOW} functional.attention", "torch"),
     "functional.hydra_attention functional.ripple_attention": (f"{BELOW} functional._* functional.linear_attention", "torch"),
     "functional.sparse_attention": (f"{BELOW} functional._* functional.*_attention functional.attention", "torch"),
+    "functional.*_update": (f"{BELOW} functional.causal_conv1d functional.selective_scan", "torch"),
     "functional.*": (f"{BELOW} functional._* reference.* portable.* kernels.*", "torch"),
     "catalog": ("mechanism operators functional.*", ""),
     "testing.*": ("mechanism device tiles testing.*", "torch triton numpy hypothesis pytest"),
@@ -53,8 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "__main__": ("cli", ""),
     "__init__": ("arguments catalog dispatch tiles functional.*", ""),
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
-    "nn.*": ("__init__ arguments refusals nn.*", "torch"),
-    "models.*": ("__init__ arguments nn.* models.*", "torch"),
+    "nn.* models.*": ("__init__ arguments refusals nn.* models.*", "torch"),
     "integrations.*": ("__init__ arguments nn.* integrations.*", "torch transformers open_clip timm"),
 }
 

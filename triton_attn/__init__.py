@@ -4,6 +4,8 @@ from triton_attn.arguments import ArgumentError
 from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.attention import attention
+from triton_attn.functional.causal_conv1d import causal_conv1d, causal_conv1d_fn
+from triton_attn.functional.causal_conv1d_update import causal_conv1d_update
 from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.hydra_attention import hydra_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
@@ -11,6 +13,7 @@ from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.ripple_attention import ripple_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
 from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
+from triton_attn.functional.selective_state_update import selective_state_update
 from triton_attn.functional.sparse_attention import sparse_attention
 from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
@@ -20,6 +23,9 @@ __all__ = [
     "ArgumentError",
     "Unsupported",
     "attention",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "dilated_attention",
     "explain",
     "hydra_attention",
@@ -30,6 +36,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "selective_scan",
     "selective_scan_fn",
+    "selective_state_update",
     "sparse_attention",
     "strided_attention",
     "subset_attention",

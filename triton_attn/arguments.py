@@ -181,13 +181,20 @@ def whole_numbers(who: Named, argument: str, given: Sequence[int]) -> list[int]:
     return list(given)
 
 
-def inside(row: Mechanism, argument: str, indices: torch.Tensor, size: int) -> None:
+def indices(who: Named, argument: str, given: torch.Tensor, count: int) -> None:
+    """So many whole numbers."""
+    if not isinstance(given, torch.Tensor) or given.shape != (count,) or given.dtype not in (torch.int32, torch.int64):
+        found = f"{given.dtype}, {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ArgumentError(who.name, argument, f"is {found}; allowed: ({count},), torch.int32 or torch.int64")
+
+
+def inside(who: Named, argument: str, given: torch.Tensor, size: int) -> None:
     """Indices of 0 to size - 1; asked only where looking costs nothing: of a real tensor on a CPU."""
-    if not _readable(indices) or indices.numel() == 0:
+    if not _readable(given) or given.numel() == 0:
         return
-    low, high = (int(x) for x in torch.aminmax(indices))
+    low, high = (int(x) for x in torch.aminmax(given))
     if low < 0 or high >= size:
-        raise ArgumentError(row.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
+        raise ArgumentError(who.name, argument, f"has {low if low < 0 else high}; allowed: 0 to {size - 1}")
 
 
 def offsets(row: Mechanism, argument: str, given: torch.Tensor, length: int) -> None:

@@ -100,9 +100,11 @@ def _bare(row: Mechanism, cases: Sequence[Case]) -> Iterator[Case]:
 
 
 def _long_axes(case: Case) -> Iterator[Case]:
-    """The case with many items, with many heads, and as it is: far strides need an axis of three or more."""
+    """The case with many items, with many heads, and with few but many steps: far strides need an axis of three or more."""
     if "b" in case.sizes:
         yield replace(case, sizes={**case.sizes, "b": 3})
+    if "l" in case.sizes:
+        yield replace(case, sizes={**case.sizes, "b": 2, "d": 2})
     if {"b", "h", "g"} <= case.sizes.keys():
         yield replace(case, sizes={**case.sizes, "b": 1, "h": 6, "g": 3})
         yield replace(case, sizes={**case.sizes, "b": 1, "h": 2, "g": 1})

@@ -1,6 +1,7 @@
 """One file per mechanism: its public function and its catalogue row. To add one, add a line."""
 
 from triton_attn.functional.attention import ROW as attention
+from triton_attn.functional.causal_conv1d import ROW as causal_conv1d
 from triton_attn.functional.dilated_attention import ROW as dilated_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
@@ -8,4 +9,13 @@ from triton_attn.functional.selective_scan import ROW as selective_scan
 from triton_attn.functional.strided_attention import ROW as strided_attention
 from triton_attn.functional.subset_attention import ROW as subset_attention
 
-ROWS = (attention, strided_attention, local_global_attention, subset_attention, dilated_attention, linear_attention, selective_scan)
+ROWS = (
+    attention,
+    strided_attention,
+    local_global_attention,
+    subset_attention,
+    dilated_attention,
+    linear_attention,
+    selective_scan,
+    causal_conv1d,
+)

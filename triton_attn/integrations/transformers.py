@@ -16,18 +16,25 @@ The model computes what it computes with `attn_implementation="sdpa"`:
 - Every other keyword that is neither None nor False nor known to be plumbing raises `Unsupported` with its name: `softcap`,
   `sinks`, `indices`, `output_attentions=True`, a paged `cache`, and whatever a later transformers adds. So does a model whose
   attention does not go through the interface.
+
+`patch_mamba()` does the same for Mamba and FalconMamba, whose mixers have no interface: it exchanges the functions that they call.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
-from triton_attn import Unsupported, attention
+from triton_attn import Unsupported, attention, causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 
 NAME = "triton_attn"
 
@@ -154,3 +161,111 @@ def _biased(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tenso
     if mask is None or bias is None:
         return mask if bias is None else bias
     return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+@dataclass(frozen=True)
+class MambaPatch:
+    """What `patch_mamba` exchanged, and the way back; as a context manager it goes back at the end."""
+
+    originals: tuple[tuple[ModuleType, str, Callable[..., Any]], ...]
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The full names of the functions that were exchanged."""
+        return tuple(f"{module.__name__}.{name}" for module, name, _ in self.originals)
+
+    def undo(self) -> None:
+        """Put the originals back; a second call changes nothing."""
+        global _patched
+        if _patched is self:
+            for module, name, original in self.originals:
+                setattr(module, name, original)
+            _patched = None
+
+    def __enter__(self) -> MambaPatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name} is triton_attn's" for name in self.replaced)
+
+
+_patched: MambaPatch | None = None
+
+
+def patch_mamba() -> MambaPatch:
+    """Let Hugging Face's Mamba and FalconMamba, models that exist and models to come, compute with triton_attn.
+
+    The functions that their mixers look up are exchanged: scan, convolution and one step of each. In training mode the fused function of
+    mamba_ssm, where that is installed, is not asked. A second call while patched changes nothing and returns the same.
+
+    Returns:
+        What was replaced; its `undo()` puts everything back.
+
+    Raises:
+        Unsupported: this transformers has other functions; nothing was exchanged.
+    """
+    global _patched
+    if _patched is not None:
+        return _patched
+    from transformers.models.falcon_mamba import modeling_falcon_mamba
+    from transformers.models.mamba import modeling_mamba
+
+    modules = (modeling_mamba, modeling_falcon_mamba)
+    missing = [f"{module.__name__}.{name}" for module in modules for name in _MAMBA if not hasattr(module, name)]
+    if missing:
+        raise Unsupported(f"patch_mamba knows transformers 5.23; transformers {transformers.__version__} lacks {', '.join(missing)}")
+    _patched = MambaPatch(tuple((module, name, getattr(module, name)) for module in modules for name in _MAMBA))
+    for module, name, _ in _patched.originals:
+        setattr(module, name, _MAMBA[name])
+    return _patched
+
+
+def _scan(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    *rest: Any,
+    use_mambapy: bool = False,
+    use_associative_scan: bool = False,
+    **options: Any,
+) -> Any:
+    """transformers chooses among its own ways to scan; there is one here."""
+    return selective_scan(hidden_states, dt, *rest, **options)
+
+
+def _convolution(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None, **others: Any
+) -> torch.Tensor:
+    for name, given in others.items():
+        if given is not None and name not in PLUMBING - {"seq_idx"}:
+            raise Unsupported(f"a Mamba mixer asks its convolution for {name}, which its scan would ignore; pack no sequences, pad them")
+    ours = activation if activation in ("silu", "swish") else None
+    out: torch.Tensor = causal_conv1d(hidden_states, weight, bias, ours)
+    return out if ours == activation else ACT2FN[activation](out)
+
+
+def _convolution_step(
+    hidden_states: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    ours = activation if activation in ("silu", "swish") else None
+    out = causal_conv1d_update(hidden_states, conv_state, weight, bias, ours)
+    return out if ours == activation else ACT2FN[activation](out)
+
+
+def _no_fused_function(*args: Any, **options: Any) -> None:
+    """Nothing: then the mixer goes on step by step."""
+
+
+_MAMBA: dict[str, Callable[..., Any]] = {
+    "mamba_selective_scan": _scan,
+    "mamba_selective_state_update": selective_state_update,
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _convolution_step,
+    "mamba_inner_fn": _no_fused_function,
+}

@@ -10,6 +10,7 @@ from triton_attn.nn.enhanced_transformer import EnhancedTransformer
 from triton_attn.nn.hierarchical_attention_block import HierarchicalAttentionBlock
 from triton_attn.nn.hydra_attention import HydraAttention
 from triton_attn.nn.local_global_attention import LocalGlobalAttention
+from triton_attn.nn.mamba_layer import MambaLayer
 from triton_attn.nn.multihead_attention import MultiheadAttention
 from triton_attn.nn.multihead_dilated_attention import ImprovedMultiheadDilatedAttention, MultiheadDilatedAttention, magneto_gain
 from triton_attn.nn.residual_blocks import (
@@ -36,6 +37,7 @@ __all__ = [
     "ImprovedMultiheadDilatedAttention",
     "LinearAttentionResidualBlock",
     "LocalGlobalAttention",
+    "MambaLayer",
     "MultiheadAttention",
     "MultiheadDilatedAttention",
     "ParallelResidualAttentionBlock",

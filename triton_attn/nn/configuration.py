@@ -15,6 +15,7 @@ from triton_attn.nn.cross_memory_attention import CrossMemoryAttention
 from triton_attn.nn.hierarchical_attention_block import TYPES as BLOCKS
 from triton_attn.nn.hierarchical_attention_block import HierarchicalAttentionBlock
 from triton_attn.nn.local_global_attention import LocalGlobalAttention
+from triton_attn.nn.mamba_layer import MambaLayer
 from triton_attn.nn.multihead_attention import MultiheadAttention
 from triton_attn.nn.strided_attention import StridedAttention
 
@@ -22,7 +23,7 @@ NAME = "build"
 LARGEST = 2**16
 MODULES: dict[str, type[nn.Module]] = {
     module.__name__: module
-    for module in (StridedAttention, LocalGlobalAttention, CrossMemoryAttention, HierarchicalAttentionBlock, MultiheadAttention)
+    for module in (StridedAttention, LocalGlobalAttention, CrossMemoryAttention, HierarchicalAttentionBlock, MultiheadAttention, MambaLayer)
 }
 PLAIN = (str, int, float, type(None))  # a bool is an int
 

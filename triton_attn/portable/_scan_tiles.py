@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable._scan_doubling import scanned
+from triton_attn.portable._watched import backward_is_watched, differentiable
 
 TILE = 128
 
@@ -52,8 +53,8 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or any(map(_is_mapped, (grad_y, grad_last))):
-            return _differentiable(saved, ctx.needs_input_grad, grad_y, grad_last)
+        if backward_is_watched(grad_y, grad_last):
+            return differentiable(scanned, saved, ctx.needs_input_grad, (grad_y, grad_last))
         u, size, A, B, C, initial_state, _ = saved
         (b, d, length), (groups, n) = u.shape, B.shape[1:3]
         du, dsize = (size.new_zeros(b, length, d) for _ in range(2))
@@ -77,9 +78,8 @@ class Scan(torch.autograd.Function):
                 for t in range(len(grads) - 2, -1, -1):
                     torch.addcmul(grads[t], decays[t + 1], grads[t + 1], out=grads[t])
                 dh = decays[0] * grads[0]
-                for g, channels in enumerate(_split(d, groups)):
-                    torch.bmm(states[..., channels], gy[:, channels, None], out=dc[item, g, part, :, None])
-                    torch.bmm(tile.grad[..., channels], tile.weight[:, channels, None], out=db[item, g, part, :, None])
+                _over_groups(states, gy, dc[item, :, part])
+                _over_groups(tile.grad, tile.weight, db[item, :, part])
                 through = work.through[: len(grads)]
                 _by_groups(tile.b, tile.grad, through)
                 # x = dh a h_{t-1}, in the place of the decays
@@ -162,26 +162,26 @@ def _split(d: int, groups: int) -> list[slice]:
 
 def _by_groups(vectors: Tensor, states: Tensor, out: Tensor) -> None:
     """out (T, D) = sum over N of vectors (T, G, N) and states (T, N, D)."""
+    if vectors.shape[1] == states.shape[2]:  # a group for each channel
+        torch.sum(vectors.mT * states, 1, out=out)
+        return
     for g, channels in enumerate(_split(states.shape[2], vectors.shape[1])):
         torch.bmm(vectors[:, g, None], states[..., channels], out=out[:, None, channels])
 
 
 def _outer_by_groups(vectors: Tensor, rows: Tensor, out: Tensor) -> None:
     """out (T, N, D) = vectors (T, G, N) times rows (T, D)."""
+    if vectors.shape[1] == rows.shape[1]:
+        torch.mul(vectors.mT, rows[:, None], out=out)
+        return
     for g, channels in enumerate(_split(rows.shape[1], vectors.shape[1])):
         torch.mul(vectors[:, g, :, None], rows[:, None, channels], out=out[..., channels])
 
 
-def _differentiable(saved: Any, needed: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated again."""
-    with torch.enable_grad():
-        outputs = scanned(*saved)
-        wanted = [x for x, need in zip(saved, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, (grad_y, grad_last), create_graph=True, materialize_grads=True))
-    return tuple(next(found) if need else None for need in needed)
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether several gradients come at once: they cannot go into buffers."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+def _over_groups(states: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out (G, T, N) = sum over the channels of each group of states (T, N, D) and rows (T, D)."""
+    if out.shape[0] == rows.shape[1]:
+        torch.mul(states.permute(2, 0, 1), rows.t()[..., None], out=out)
+        return
+    for g, channels in enumerate(_split(rows.shape[1], out.shape[0])):
+        torch.bmm(states[..., channels], rows[:, channels, None], out=out[g, :, :, None])

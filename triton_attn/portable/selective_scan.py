@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_attn.portable._scan_doubling import scanned
 from triton_attn.portable._scan_tiles import Scan
+from triton_attn.portable._watched import watched
 
 
 def selective_scan(
@@ -50,22 +51,11 @@ def selective_scan(
     A = A.to(wide)
     tensors = (u, size, A, B, C)
     start = None if initial_state is None else initial_state.to(wide)
-    y, last = scanned(*tensors, start, cu_seqlens) if _watched(u) else Scan.apply(*tensors, start, cu_seqlens)  # type: ignore[no-untyped-call]
+    # one step needs no buffers
+    y, last = scanned(*tensors, start, cu_seqlens) if watched(u) or u.shape[2] == 1 else Scan.apply(*tensors, start, cu_seqlens)  # type: ignore[no-untyped-call]
     if D is not None:
         y = y + D.to(wide)[:, None] * u
     if z is not None:
         y = y * F.silu(z.to(wide))
     out = y.to(dtype)
     return (out, last) if return_last_state else out
-
-
-def _watched(u: Tensor) -> bool:
-    """Whether more than plain autograd looks at the call."""
-    return (
-        torch.compiler.is_compiling()
-        or type(u) is not Tensor
-        or u.device.type == "meta"
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )

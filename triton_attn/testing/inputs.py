@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_attn.mechanism import Case, Input, Mechanism, Sizes
 
 CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET = "contiguous", "permuted", "sliced", "strided", "expanded", "offset"
+NARROW = "narrow"  # a parameter in the inputs' own dtype
 FAR = "far"  # beyond 2^31 elements along one axis
 LAYOUTS = (CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET)
 
@@ -42,13 +43,14 @@ def draw(
         elif given.kind == "values":
             values = VALUES[how](torch.randn(size, generator=generator) * spread)
             values = values.abs() * given.sign if given.sign else values
-            tensors[name] = laid_out(values.to(_held(given, dtype)), layout).to(device)
+            tensors[name] = laid_out(values.to(dtype if how == NARROW else _held(given, dtype)), layout).to(device)
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
         elif given.kind == "offsets":
             tensors[name] = _offsets(size[0], case.sizes[given.into], generator).to(device)
         elif given.kind == "index":
-            tensors[name] = INDICES[how](size, case.sizes[given.into], generator).to(device)
+            indices = INDICES[how](size, case.sizes[given.into], generator)
+            tensors[name] = (laid_out(indices, layout) if layout in (FAR, PERMUTED) else indices).to(device)
         else:
             mask = MASKS[how](size, generator)
             tensors[name] = (laid_out(mask, FAR) if layout == FAR else mask).to(device)
@@ -62,7 +64,7 @@ def meta(row: Mechanism, case: Case, dtype: torch.dtype) -> tuple[dict[str, Tens
     tensors: dict[str, Tensor | None] = {}
     for name, given, how, size in wanted:
         kind = dtypes.get(given.kind, torch.float32 if how == "additive" else torch.bool)
-        kind = _held(given, dtype) if given.kind == "values" else kind
+        kind = (dtype if how == NARROW else _held(given, dtype)) if given.kind == "values" else kind
         tensors[name] = None if how is None else torch.empty(size, dtype=kind, device="meta")
     return tensors, options
 
@@ -84,10 +86,11 @@ def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tup
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another layout; what lies between them is NaN."""
-    if layout == CONTIGUOUS or tensor.ndim < 2:
+    if layout == CONTIGUOUS or tensor.ndim < (1 if layout in (SLICED, STRIDED, OFFSET) else 2):
         return tensor
-    if layout == PERMUTED:  # batch, length, heads, width underneath
-        return tensor.transpose(1, -2).contiguous().transpose(1, -2)
+    if layout == PERMUTED:  # batch, length, heads, width underneath; or batch, length, channels
+        other = 2 if tensor.ndim == 3 else -2
+        return tensor.transpose(1, other).contiguous().transpose(1, other)
     if layout == EXPANDED:  # one item serves the batch
         return tensor[:1].expand(tensor.shape)
     if layout == FAR:
@@ -105,9 +108,12 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 def _far(tensor: Tensor) -> Tensor:
     """Along the first axis that is long enough, the last index times its stride does not fit into int32, though the stride does.
 
+    The last axis counts only where there are three: then it is time.
+
     The memory between is never touched, so it is only mapped.
     """
-    axis = next((axis for axis, size in enumerate(tensor.shape[:-1]) if size > 2), None)
+    axes = tensor.shape if tensor.ndim == 3 else tensor.shape[:-1]
+    axis = next((axis for axis, size in enumerate(axes) if size > 2), None)
     if axis is None:
         return tensor
     step = -(-(2**31) // (tensor.shape[axis] - 1))
@@ -161,7 +167,7 @@ def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 INDICES: dict[str, Callable[[tuple[int, ...], int, torch.Generator], Tensor]] = {"random": _any_indices, "distinct": _distinct_indices}
-VALUES: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": Tensor.abs}
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": Tensor.abs, NARROW: lambda x: x}
 MASKS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "boolean": _boolean,
     "additive": _additive,

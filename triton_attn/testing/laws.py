@@ -170,13 +170,14 @@ def _later_steps_change_nothing(row: Mechanism, call: Call, tensors: dict[str, A
 
 
 def _resumes_anywhere(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
-    if _offsets_of(row, tensors):
+    if _offsets_of(row, tensors) or any(row.inputs[name].kind == "index" and x is not None for name, x in tensors.items()):
         return  # what is packed resumes by sequence
+    begins = next(name for name in row.inputs if name.startswith("initial_state"))
     steps = _steps(row, tensors)
     whole, last = call(**tensors, **options, **{row.more: True})
     for split in sorted({0, 1, steps // 2, steps - 1, steps}):
         first, state = call(**_part(row, tensors, 0, split), **options, **{row.more: True})
-        rest = {**_part(row, tensors, split, steps), "initial_state": state}
+        rest = {**_part(row, tensors, split, steps), begins: state}
         second, found = call(**rest, **options, **{row.more: True})
         _assert_close(row, tensors, options, torch.cat((first, second), -1), whole)
         _assert_close(row, tensors, options, found, last, 1)
