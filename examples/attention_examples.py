@@ -40,6 +40,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "sparse_attention": lambda: triton_attn.sparse_attention(query, key, value, keep_ratio=0.125, **same),
         "dilated_attention": lambda: triton_attn.dilated_attention(query, key, value, segment_lengths=[128, 512], dilation_rates=[1, 4]),
         "hydra_attention": lambda: triton_attn.hydra_attention(torch.randn(B, 4, H, N, D), query, query),
+        "performer_attention": lambda: triton_attn.performer_attention(query, query, query, triton_attn.orthogonal_projection(256, D)),
         "ripple_attention": lambda: triton_attn.ripple_attention(query, query, query, [], [], num_stages=0),
         "scaled_dot_product_attention": lambda: triton_attn.scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
@@ -64,6 +65,9 @@ def modules() -> dict[str, Callable[[], Any]]:
         "nn.ImprovedDilatedAttention": lambda: nn.ImprovedDilatedAttention(**pattern)(heads, heads, heads),
         "nn.MultiheadDilatedAttention": lambda: nn.MultiheadDilatedAttention(768, 12, **pattern)(x, is_causal=True)[0],
         "nn.ImprovedMultiheadDilatedAttention": lambda: nn.ImprovedMultiheadDilatedAttention(768, 12, **pattern)(x)[0],
+        "nn.PerformerAttention": lambda: nn.PerformerAttention(kernel_type="elu")(x),
+        "nn.LinearSelfAttention": lambda: nn.LinearSelfAttention()(x),
+        "nn.LinearAttentionBlock": lambda: nn.LinearAttentionBlock(attention_type="mamba")(x),
         "nn.HydraAttention": lambda: nn.HydraAttention(768, 12)(x),
         "nn.RippleAttention": lambda: nn.RippleAttention(768, 12)(x),
         "nn.TokenAttention": lambda: nn.TokenAttention(768, 12, mechanism="strided_attention", options={"stride": 4})(x),

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "kernels.*": ("kernels._* tiles device reference._dropout", "torch triton"),
     "functional.__init__": ("functional.*", ""),
     "functional.scaled_dot_product_attention": (f"{BELOW} functional.attention", "torch"),
-    "functional.hydra_attention functional.ripple_attention": (f"{BELOW} functional._* functional.linear_attention", "torch"),
+    "functional.hydra_* functional.performer_* functional.ripple_*": (f"{BELOW} functional._* functional.linear_attention", "torch"),
     "functional.sparse_attention": (f"{BELOW} functional._* functional.*_attention functional.attention", "torch"),
     "functional.*_update": (f"{BELOW} functional.causal_conv1d functional.selective_scan", "torch"),
     "functional.*": (f"{BELOW} functional._* reference.* portable.* kernels.*", "torch"),
@@ -54,10 +54,10 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "__main__": ("cli", ""),
     "__init__": ("arguments catalog dispatch tiles functional.*", ""),
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
-    "nn.* models.*": ("__init__ arguments refusals nn.* models.*", "torch"),
+    "nn.*": ("__init__ arguments refusals nn.*", "torch"),
+    "models.*": ("__init__ arguments nn.* models.*", "torch"),
     "integrations.*": ("__init__ arguments nn.* integrations.*", "torch transformers open_clip timm"),
 }
-
 
 # imported inside strict_interpreter() alone, when triton is there
 INTERPRETER = tuple(f"triton_attn.testing.interpreter.{name}" for name in ("builder", "language", "programs", "reductions"))

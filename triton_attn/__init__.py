@@ -10,6 +10,7 @@ from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.hydra_attention import hydra_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
+from triton_attn.functional.performer_attention import orthogonal_projection, performer_attention
 from triton_attn.functional.ripple_attention import ripple_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
 from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
@@ -32,6 +33,8 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "local_global_attention",
+    "orthogonal_projection",
+    "performer_attention",
     "ripple_attention",
     "scaled_dot_product_attention",
     "selective_scan",

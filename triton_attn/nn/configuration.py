@@ -12,18 +12,34 @@ from torch import nn
 
 from triton_attn import ArgumentError
 from triton_attn.nn.cross_memory_attention import CrossMemoryAttention
-from triton_attn.nn.hierarchical_attention_block import TYPES as BLOCKS
+from triton_attn.nn.hierarchical_attention_block import TYPES as HIERARCHICAL
 from triton_attn.nn.hierarchical_attention_block import HierarchicalAttentionBlock
 from triton_attn.nn.local_global_attention import LocalGlobalAttention
 from triton_attn.nn.mamba_layer import MambaLayer
 from triton_attn.nn.multihead_attention import MultiheadAttention
+from triton_attn.nn.performer_attention import TYPES as LINEAR
+from triton_attn.nn.performer_attention import LinearAttentionBlock, PerformerAttention
 from triton_attn.nn.strided_attention import StridedAttention
 
 NAME = "build"
 LARGEST = 2**16
 MODULES: dict[str, type[nn.Module]] = {
     module.__name__: module
-    for module in (StridedAttention, LocalGlobalAttention, CrossMemoryAttention, HierarchicalAttentionBlock, MultiheadAttention, MambaLayer)
+    for module in (
+        StridedAttention,
+        LocalGlobalAttention,
+        CrossMemoryAttention,
+        HierarchicalAttentionBlock,
+        MultiheadAttention,
+        PerformerAttention,
+        MambaLayer,
+        LinearAttentionBlock,
+    )
+}
+# blocks, which say themselves what each of their types takes
+BLOCKS: dict[type[nn.Module], Mapping[str, tuple[Any, tuple[str, ...]]]] = {
+    HierarchicalAttentionBlock: HIERARCHICAL,
+    LinearAttentionBlock: LINEAR,
 }
 PLAIN = (str, int, float, type(None))  # a bool is an int
 
@@ -66,8 +82,7 @@ def _module(where: str, part: Mapping[str, Any], place: dict[str, Any]) -> nn.Mo
     module = MODULES[kind]
     parameters = inspect.signature(module).parameters.values()
     allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in place]
-    if module is HierarchicalAttentionBlock:  # whose block says which of them its type takes
-        allowed += dict.fromkeys(option for _, options in BLOCKS.values() for option in options)
+    allowed += dict.fromkeys(option for _, options in BLOCKS.get(module, {}).values() for option in options)
     unknown = [str(key)[:80] for key in part if key not in ("type", *allowed)]
     if unknown:
         raise ArgumentError(NAME, where, f"has unknown keys {', '.join(unknown)}; allowed: type, {', '.join(allowed)}")
