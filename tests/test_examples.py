@@ -70,3 +70,13 @@ def test_the_blocks_example_prints_a_row_for_each(capsys: pytest.CaptureFixture[
     assert example("openclip_blocks").main(["--tokens", "9", "--rounds", "1", "--width", "16", "--heads", "2", "--backward"]) == 0
     rows = re.findall(r"^\| (\w+) \| [\d.]+ \| [\d.]+ \| not measured \| [\d,]+ \| N", capsys.readouterr().out, re.MULTILINE)
     assert rows == ["standard", "parallel", "linear", "deepnorm", "sparse", "subln"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
+def test_the_digits_example_trains_every_type_and_says_how_well(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    types = ["ripple", "hydra", "baseline", "linear_attention", "dilated_attention"]
+    assert example("digits_vit").main(["--types", *types, "--epochs", "1", "--seeds", "1"]) == 0
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| 0.0 \| [\d.]+ \| [\d,]+ \|$", capsys.readouterr().out, re.MULTILINE)
+    assert [kind for kind, _ in rows] == types
+    assert min(float(right) for _, right in rows) > 15  # one epoch; chance is 10

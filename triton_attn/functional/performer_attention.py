@@ -17,7 +17,7 @@ from triton_attn.functional.linear_attention import ROW as LINEAR
 from triton_attn.functional.linear_attention import linear_attention
 
 KERNELS = ("softmax", "relu", "elu")
-CHUNK = 128
+CHUNK = 64
 _WHO: Any = SimpleNamespace(name="performer_attention")
 
 
@@ -37,9 +37,9 @@ def performer_attention(
     """Attention by M random features: out_i = sum_j <phi(q_i), phi(k_j)> v_j / (sum_j <phi(q_i), phi(k_j)> + eps), in O(N M E).
 
     "softmax" (FAVOR+): phi(x) = M^-1/2 e^m (e^(W y - |y|^2 / 2 - m) + kernel_epsilon), with y = sqrt(scale) x and m the largest of
-    W y - |y|^2 / 2, so that <phi(q), phi(k)> estimates e^(scale <q, k>). No power of e leaves its range: keys are scaled by the largest
-    of the keys that a query sees, causal ones by that of the keys so far, so that no later key changes a bit. "elu": phi(x) =
-    M^-1/2 (elu(W x) + 1). "relu": M^-1/2 relu(W x).
+    W y - |y|^2 / 2 over the features, so that <phi(q), phi(k)> estimates e^(scale <q, k>). No power of e leaves its range: keys are
+    scaled by the largest that a query sees, causal ones by the largest so far, so that no later key changes a bit.
+    "elu": phi(x) = M^-1/2 (elu(W x) + 1). "relu": M^-1/2 relu(W x).
 
     Args:
         query: (B, H, N, D), float16, bfloat16, float32 or float64.
@@ -100,11 +100,13 @@ def performer_attention(
 
 def _features(x: Tensor, projection: Tensor, scale: float, epsilon: float) -> tuple[Tensor, Tensor]:
     """(features of vectors relative to their largest, the logarithm of that), without M^-1/2, which cancels."""
-    y = x * math.sqrt(scale)
-    logarithms = y @ projection.detach().to(x.dtype).mT - 0.5 * y.square().sum(-1, keepdim=True)
-    # a constant: whatever it is, it cancels
-    largest = logarithms.detach().amax(-1, keepdim=True)
-    return (logarithms - largest).exp() + epsilon, largest[..., 0]
+    exponents = x @ (projection.detach().to(x.dtype).mT * math.sqrt(scale))
+    # a constant to the gradient: whatever it is, it cancels
+    largest = exponents.detach().amax(-1, keepdim=True)
+    # in place: fresh memory costs more than these operations
+    found = exponents.sub_(largest).exp_()
+    found = found + epsilon if found.requires_grad else found.add_(epsilon)
+    return found, largest[..., 0] - 0.5 * scale * x.square().sum(-1)
 
 
 def _whole(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float) -> Tensor:
