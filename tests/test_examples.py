@@ -75,8 +75,8 @@ def test_the_blocks_example_prints_a_row_for_each(capsys: pytest.CaptureFixture[
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
 def test_the_digits_example_trains_every_type_and_says_how_well(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
-    types = ["ripple", "hydra", "baseline", "linear_attention", "dilated_attention"]
-    assert example("digits_vit").main(["--types", *types, "--epochs", "1", "--seeds", "1"]) == 0
+    types = ["hydra", "baseline"]
+    assert example("digits_vit").main(["--types", *types, "--epochs", "4", "--seeds", "1"]) == 0
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| 0.0 \| [\d.]+ \| [\d,]+ \|$", capsys.readouterr().out, re.MULTILINE)
     assert [kind for kind, _ in rows] == types
-    assert min(float(right) for _, right in rows) > 15  # one epoch; chance is 10
+    assert min(float(right) for _, right in rows) > 20  # four epochs; chance is 10
