@@ -3,6 +3,7 @@
 from triton_attn.arguments import ArgumentError
 from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
+from triton_attn.functional.add_layer_norm import add_layer_norm, layer_norm
 from triton_attn.functional.attention import attention
 from triton_attn.functional.causal_conv1d import causal_conv1d, causal_conv1d_fn
 from triton_attn.functional.causal_conv1d_update import causal_conv1d_update
@@ -23,6 +24,7 @@ __all__ = [
     "CATALOG",
     "ArgumentError",
     "Unsupported",
+    "add_layer_norm",
     "attention",
     "causal_conv1d",
     "causal_conv1d_fn",
@@ -30,6 +32,7 @@ __all__ = [
     "dilated_attention",
     "explain",
     "hydra_attention",
+    "layer_norm",
     "linear_attention",
     "linear_attention_step",
     "local_global_attention",

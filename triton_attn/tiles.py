@@ -79,7 +79,7 @@ class Key:
     @classmethod
     def parse(cls, text: str) -> Key:
         """The inverse of str; ValueError on anything else."""
-        for known in (*every_key(), *STATE_KEYS):
+        for known in (*every_key(), *STATE_KEYS, *NORM_KEYS):
             if text == str(known):
                 return known
         raise ValueError(f"key is {text!r}; allowed: like '16bit d64' or '16bit d64 masked'")
@@ -102,6 +102,9 @@ COMMON_KEYS = tuple(Key("16bit", width, plain) for width in (64, 128) for plain 
 
 # of a recurrence whose state has this padded width: what rides along costs it little, so tiles are chosen with everything
 STATE_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (16, 64, 256))
+
+# of a norm whose rows have this padded width
+NORM_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (256, 1024, 4096))
 
 
 @dataclass(frozen=True)

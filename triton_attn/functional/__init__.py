@@ -1,5 +1,6 @@
 """One file per mechanism: its public function and its catalogue row. To add one, add a line."""
 
+from triton_attn.functional.add_layer_norm import ROW as add_layer_norm
 from triton_attn.functional.attention import ROW as attention
 from triton_attn.functional.causal_conv1d import ROW as causal_conv1d
 from triton_attn.functional.dilated_attention import ROW as dilated_attention
@@ -18,4 +19,5 @@ ROWS = (
     linear_attention,
     selective_scan,
     causal_conv1d,
+    add_layer_norm,
 )

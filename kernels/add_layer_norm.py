@@ -1,0 +1,303 @@
+"""LayerNorm of a weighted sum: rows in registers, read once. Loops on the device, launches from the host. No tensor is copied."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_attn import device
+from triton_attn.kernels._grid import grid
+from triton_attn.tiles import NORM_KEYS, Key, Space, Tile, find
+
+FORWARD, BACKWARD = "forward", "backward"
+NAME = "add_layer_norm/rows"
+WIDTHS = (256, 1024, 4096)
+WIDEST = WIDTHS[-1]
+Tiles = Tile | Mapping[str, Tile] | None
+
+
+@triton.jit
+def _starts(row, length, strides):
+    """Where rows, counted through batch and time, begin."""
+    return (row // length) * strides[0] + (row % length) * strides[1]
+
+
+@triton.jit
+def _summed(x, residual, row, live, column, length, alpha, x_strides, r_strides, D: tl.constexpr):
+    """alpha * residual + x of some rows, in float32."""
+    seen = live[:, None] & (column < D)[None, :]
+    h = tl.load(x + _starts(row, length, x_strides)[:, None] + column[None, :] * x_strides[2], mask=seen, other=0.0).to(tl.float32)
+    if residual is not None:
+        r = tl.load(residual + _starts(row, length, r_strides)[:, None] + column[None, :] * r_strides[2], mask=seen, other=0.0)
+        h += alpha * r.to(tl.float32)
+    return h
+
+
+@triton.jit
+def _normalised(h, column, eps, D: tl.constexpr):
+    """(h - mean) / std and 1 / std: the variance in a second pass over registers, for a difference of squares would cancel."""
+    centred = tl.where((column < D)[None, :], h - (tl.sum(h, 1) / D)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    out,
+    total,
+    x_strides,
+    r_strides,
+    o_strides,
+    w_stride,
+    b_stride,
+    rows,
+    length,
+    alpha,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    live = row < rows
+    h = _summed(x, residual, row, live, column, length, alpha, x_strides, r_strides, D)
+    y, rstd = _normalised(h, column, eps, D)
+    if weight is not None:
+        y *= tl.load(weight + column * w_stride, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + column * b_stride, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    where = _starts(row, length, o_strides)[:, None] + column[None, :] * o_strides[2]
+    seen = live[:, None] & (column < D)[None, :]
+    tl.store(out + where, y.to(out.dtype.element_ty), mask=seen)
+    if total is not None:
+        tl.store(total + where, h.to(total.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def backward_kernel(
+    grad_out,
+    grad_total,
+    x,
+    residual,
+    weight,
+    dx,
+    dresidual,
+    dweight,
+    dbias,
+    g_strides,
+    t_strides,
+    x_strides,
+    r_strides,
+    d_strides,
+    w_stride,
+    rows,
+    length,
+    alpha,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Some blocks of rows one after the other; what they add to the gradients of weight and bias goes into a slice of the program's own."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    if weight is not None:
+        w = tl.load(weight + column * w_stride, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros((BLOCK_D,), tl.float32)
+    db = tl.zeros((BLOCK_D,), tl.float32)
+    for step in range(STEPS):
+        row = (program * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        live = row < rows
+        seen = live[:, None] & (column < D)[None, :]
+        h = _summed(x, residual, row, live, column, length, alpha, x_strides, r_strides, D)
+        y, rstd = _normalised(h, column, eps, D)
+        g = tl.load(grad_out + _starts(row, length, g_strides)[:, None] + column[None, :] * g_strides[2], mask=seen, other=0.0)
+        g = g.to(tl.float32)
+        if dweight is not None:
+            # rows that do not exist have no gradient, but with eps = 0 no finite y either
+            dw += tl.sum(tl.where(live[:, None], g * y, 0.0), 0)
+        if dbias is not None:
+            db += tl.sum(g, 0)
+        if weight is not None:
+            g *= w
+        inner = g - (tl.sum(g, 1) / D)[:, None] - y * (tl.sum(g * y, 1) / D)[:, None]
+        dh = inner * rstd[:, None]
+        if grad_total is not None:
+            t = tl.load(grad_total + _starts(row, length, t_strides)[:, None] + column[None, :] * t_strides[2], mask=seen, other=0.0)
+            dh += t.to(tl.float32)
+        where = _starts(row, length, d_strides)[:, None] + column[None, :] * d_strides[2]
+        tl.store(dx + where, dh.to(dx.dtype.element_ty), mask=seen)
+        if dresidual is not None:
+            tl.store(dresidual + where, (alpha * dh).to(dresidual.dtype.element_ty), mask=seen)
+    if dweight is not None:
+        tl.store(dweight + program * D + column, dw, mask=column < D)
+    if dbias is not None:
+        tl.store(dbias + program * D + column, db, mask=column < D)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    eps: float = 1e-5,
+    return_sum: bool = False,
+    tile: Tiles = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(out, sum): one launch."""
+    chosen = _chosen(tile, FORWARD, x)
+    b, length, d = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty((0 if residual is None else b, length, d), dtype=x.dtype, device=x.device)
+    if out.numel():
+        with device.guard(x):
+            forward_kernel[grid(triton.cdiv(b * length, chosen.block_m))](
+                x,
+                residual,
+                weight,
+                bias,
+                out,
+                None if residual is None else total,
+                *(_strides(tensor) for tensor in (x, residual, out)),
+                *(_stride(tensor) for tensor in (weight, bias)),
+                b * length,
+                length,
+                alpha,
+                eps,
+                **_constants(chosen, d),
+            )
+    return (out, total) if return_sum else out
+
+
+def add_layer_norm_backward(
+    grad_out: Tensor | None,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    eps: float = 1e-5,
+    out: Tensor,
+    sum: Tensor,
+    needs: Sequence[bool] = (True,) * 4,
+    tile: Tiles = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, residual, weight, bias): one launch, and two sums over the programs in a fixed order."""
+    chosen = _chosen(tile, BACKWARD, x)
+    b, length, d = x.shape
+    rows, nothing = b * length, x.new_empty(0)
+    if grad_out is None:
+        grad_out = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dresidual = torch.empty_like(dx) if residual is not None and needs[1] else None
+    programs = triton.cdiv(rows, chosen.block_m * chosen.block_n)
+    dweight, dbias = (
+        torch.empty((programs, d), dtype=torch.float32, device=x.device) if tensor is not None and need else None
+        for tensor, need in zip((weight, bias), needs[2:], strict=True)
+    )
+    if dx.numel():
+        grad_sum = None if residual is None else grad_sum
+        with device.guard(x):
+            backward_kernel[grid(programs)](
+                grad_out,
+                grad_sum,
+                x,
+                residual,
+                weight,
+                dx,
+                dresidual,
+                dweight,
+                dbias,
+                *(_strides(tensor) for tensor in (grad_out, grad_sum, x, residual, dx)),
+                _stride(weight),
+                rows,
+                length,
+                alpha,
+                eps,
+                **_constants(chosen, d),
+                STEPS=chosen.block_n,
+            )
+    found = (dx, dresidual, _reduced(dweight, weight), _reduced(dbias, bias))
+    return tuple(nothing if gradient is None or not need else gradient for gradient, need in zip(found, needs, strict=True))
+
+
+def _reduced(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if partial is None or like is None else partial.sum(0).to(like.dtype)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _constants(tile: Tile, d: int) -> dict[str, Any]:
+    return {
+        "D": d,
+        "BLOCK_D": triton.next_power_of_2(max(d, 2)),  # of a block of one Triton's interpreter drops `other=0`
+        "BLOCK_R": tile.block_m,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _chosen(tile: Tiles, launch: str, x: Tensor) -> Tile:
+    if isinstance(tile, Tile):
+        return tile
+    if tile is not None and launch in tile:
+        return tile[launch]
+    return find(f"{NAME}/{launch}", SPACES[launch], key_of(x), x)
+
+
+def key_of(x: Tensor) -> Key:
+    """What a call's tiles depend on: how inputs are held, and the width of a row."""
+    width = next((width for width in WIDTHS if x.shape[-1] <= width), WIDEST)
+    return Key("16bit" if x.element_size() == 2 else "float32", width, False)
+
+
+def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
+    """The same from a call's tensors."""
+    return key_of(tensors["x"])
+
+
+def _candidates(launch: str, key: Key) -> Sequence[Tile]:
+    """(rows at a time, times, warps), best guess first; only backward programs go on to further rows. Unmeasured."""
+    widest = {
+        (FORWARD, 256): ((8, 2, 4), (4, 2, 4)),
+        (FORWARD, 1024): ((4, 2, 4), (2, 2, 4)),
+        (FORWARD, 4096): ((2, 2, 8),),
+        (BACKWARD, 256): ((8, 4, 4), (4, 8, 4)),
+        (BACKWARD, 1024): ((4, 8, 8), (2, 16, 4)),
+        (BACKWARD, 4096): ((2, 16, 8),),
+    }
+    return tuple(Tile(rows, times, warps, 1) for rows, times, warps in widest[launch, key.width])
+
+
+def _space(launch: str) -> Space:
+    """Nothing here differs between capabilities: no tensor cores, no asynchronous copies."""
+    return Space(
+        {(8, 0): partial(_candidates, launch)}, lambda key: _candidates(launch, key)[-1], (sys.modules[__name__],), lambda: NORM_KEYS
+    )
+
+
+SPACES = {launch: _space(launch) for launch in (FORWARD, BACKWARD)}
