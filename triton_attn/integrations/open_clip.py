@@ -71,8 +71,9 @@ def replace_transformer_in_model(
             initialised += [f"{path}.{name}" for name in wanted if name not in shared]
         else:
             initialised += [f"{path}.{name}" for name in new.state_dict()]
-        for mine, theirs in zip(new.parameters(), old.parameters(), strict=False):
-            mine.requires_grad_(theirs.requires_grad)
+        given = dict(old.named_parameters())
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(given[name].requires_grad if name in given else True)
         owner, _, name = path.rpartition(".")
         parent = model.get_submodule(owner)
         setattr(parent, name, new)
@@ -122,7 +123,10 @@ def _build(path: str, old: Any, block_type: str, options: dict[str, Any]) -> Enh
         **options,
     )
     weight = mlp.c_fc.weight
-    new = new.to(device=weight.device, dtype=weight.dtype).train(old.training)
+    new = new.to(device=weight.device).train(old.training)
+    given = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():  # in half precision OpenCLIP's norms stay in float32
+        parameter.data = parameter.data.to(given.get(name, weight).dtype)
     new.grad_checkpointing = bool(getattr(old, "grad_checkpointing", False))
     return new
 

@@ -13,10 +13,10 @@ from triton_attn.nn.local_global_attention import LocalGlobalAttention
 from triton_attn.nn.mamba_layer import MambaLayer
 from triton_attn.nn.multihead_attention import MultiheadAttention
 from triton_attn.nn.multihead_dilated_attention import ImprovedMultiheadDilatedAttention, MultiheadDilatedAttention, magneto_gain
+from triton_attn.nn.parallel_block import ParallelResidualAttentionBlock
 from triton_attn.nn.performer_attention import LinearAttentionBlock, LinearSelfAttention, PerformerAttention
 from triton_attn.nn.residual_blocks import (
     LinearAttentionResidualBlock,
-    ParallelResidualAttentionBlock,
     ResidualAttentionBlock,
     SparseAttentionResidualBlock,
     SubLNResidualAttentionBlock,

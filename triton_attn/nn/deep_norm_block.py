@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments
+from triton_attn.nn._block_norms import added_norm
 from triton_attn.nn.residual_blocks import ResidualAttentionBlock
 
 
@@ -64,9 +65,9 @@ class DeepNormResidualAttentionBlock(ResidualAttentionBlock):
             x = self.alpha * q_x + self.attention(self.ln_1(q_x), keys, values, attn_mask)
             out: Tensor = self.beta * x + self.mlp(self.ln_2(x))
             return out
-        x = self.ln_1(self.alpha * q_x + self.ls_1(self.attention(q_x, keys, values, attn_mask)))
-        out = self.ln_2(self.alpha * x + self.ls_2(self.mlp(x)))
-        return out
+        x, _ = added_norm(self.ls_1(self.attention(q_x, keys, values, attn_mask)), q_x, self.ln_1, self.alpha)
+        x, _ = added_norm(self.ls_2(self.mlp(x)), x, self.ln_2, self.alpha)
+        return x
 
     @torch.no_grad()
     def _initialise(self, init: str) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triton_attn import ArgumentError, arguments
+from triton_attn.nn._block_norms import LayerNorm
 from triton_attn.nn.deep_norm_block import DeepNormResidualAttentionBlock
+from triton_attn.nn.parallel_block import ParallelResidualAttentionBlock
 from triton_attn.nn.residual_blocks import (
-    LayerNorm,
     LinearAttentionResidualBlock,
-    ParallelResidualAttentionBlock,
     ResidualAttentionBlock,
     SparseAttentionResidualBlock,
     SubLNResidualAttentionBlock,

@@ -10,26 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, attention, linear_attention, refusals, sparse_attention
+from triton_attn.nn._block_norms import LayerNorm, LayerScale, added_norm
 from triton_attn.nn._causal_masks import is_causal
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch's, whose result has its input's dtype under autocast too, as OpenCLIP's has."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(input.dtype)
-
-
-class LayerScale(nn.Module):
-    """gamma x, a factor for each feature."""
-
-    def __init__(self, dim: int, init_values: float = 1e-5, inplace: bool = False) -> None:
-        super().__init__()
-        self.inplace = inplace
-        self.gamma = nn.Parameter(init_values * torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mul_(self.gamma) if self.inplace else x * self.gamma
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -109,16 +91,14 @@ class ResidualAttentionBlock(nn.Module):
             Unsupported: a mask that this block's attention cannot honour; the message says who can.
         """
         keys, values = self._norm_kv(k_x), self._norm_kv(v_x)
-        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), keys, values, attn_mask))
-        out: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
+        normed, x = added_norm(self.ls_1(self.attention(self.ln_1(q_x), keys, values, attn_mask)), q_x, self.ln_2)
+        out: Tensor = x + self.ls_2(self.mlp(normed))
         return out
 
     def attention(self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """Project, attend, project back; tokens are normalised already."""
         query, key, value = self._projected(q_x, q_x if k_x is None else k_x, q_x if v_x is None else v_x)
-        out = self._attend(query, key, value, attn_mask)
-        out = out.transpose(1, 2).flatten(2) if self.batch_first else out.permute(2, 0, 1, 3).flatten(2)
-        projected: Tensor = self.attn.out_proj(out)
+        projected: Tensor = self.attn.out_proj(self._joined(self._attend(query, key, value, attn_mask)))
         return projected
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
@@ -154,38 +134,9 @@ class ResidualAttentionBlock(nn.Module):
         split = projected.view(*projected.shape[:2], self.attn.num_heads, -1)
         return split.transpose(1, 2) if self.batch_first else split.permute(1, 2, 0, 3)
 
-
-class ParallelResidualAttentionBlock(ResidualAttentionBlock):
-    """x + ls_1(attention(ln_1 x)) + ls_2(mlp(ln_2 x)): attention and MLP of the same tokens.
-
-    Args:
-        shared_norm: ln_1 serves both, as in PaLM; ln_2 is kept for the state.
-        qk_norm: queries and keys normalised for each head, as in ViT-22B; adds q_norm and k_norm to the state.
-
-    The others are those of `ResidualAttentionBlock`.
-
-    Source: the parallel block of an OpenCLIP fork; Chowdhery et al., "PaLM", 2022; Dehghani et al., "Scaling Vision Transformers to 22
-    Billion Parameters", 2023.
-    """
-
-    def __init__(self, d_model: int, n_head: int, *args: Any, shared_norm: bool = False, qk_norm: bool = False, **options: Any) -> None:
-        super().__init__(d_model, n_head, *args, **options)
-        self.shared_norm = arguments.flag(self, "shared_norm", shared_norm)
-        normalised = arguments.flag(self, "qk_norm", qk_norm)
-        self.q_norm = nn.LayerNorm(d_model // n_head) if normalised else None
-        self.k_norm = nn.LayerNorm(d_model // n_head) if normalised else None
-
-    def forward(self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """As `ResidualAttentionBlock.forward`."""
-        first = self.ln_1(q_x)
-        second = first if self.shared_norm else self.ln_2(q_x)
-        attended = self.ls_1(self.attention(first, self._norm_kv(k_x), self._norm_kv(v_x), attn_mask))
-        out: Tensor = q_x + attended + self.ls_2(self.mlp(second))
-        return out
-
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = super()._projected(query, key, value)
-        return (q, k, v) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k), v)
+    def _joined(self, heads: Tensor) -> Tensor:
+        """The inverse, with heads side by side."""
+        return heads.transpose(1, 2).flatten(2) if self.batch_first else heads.permute(2, 0, 1, 3).flatten(2)
 
 
 class LinearAttentionResidualBlock(ResidualAttentionBlock):
@@ -236,6 +187,9 @@ class SparseAttentionResidualBlock(ResidualAttentionBlock):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
         causal = self._causal(attn_mask)
+        if causal and self.selection == "topk":
+            # which keys are longest is known only at the end
+            refusals.refuse(self.name, "a causal attn_mask with selection='topk'", "'uniform', 'random' and 'window' can")
         selection = "uniform" if self.selection == "random" and not self.training else self.selection
         own = query.shape[2] == key.shape[2]
         out: Tensor = sparse_attention(
@@ -247,7 +201,7 @@ class SparseAttentionResidualBlock(ResidualAttentionBlock):
 class SubLNResidualAttentionBlock(ResidualAttentionBlock):
     """The standard block with a norm inside each half, before its output projection (MAGNETO's sub-LN).
 
-    Adds ln_attn and mlp.ln to the state, so that OpenCLIP's checkpoints load with strict=False.
+    Adds ln_attn and mlp.ln to the state. OpenCLIP's checkpoints, which have neither, load strictly and leave both as they are.
 
     Source: Wang et al., "Foundation Transformers", 2022.
     """
@@ -261,7 +215,12 @@ class SubLNResidualAttentionBlock(ResidualAttentionBlock):
     def attention(self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """As `ResidualAttentionBlock.attention`, normalised before the output projection."""
         query, key, value = self._projected(q_x, q_x if k_x is None else k_x, q_x if v_x is None else v_x)
-        out = self._attend(query, key, value, attn_mask)
-        out = out.transpose(1, 2).flatten(2) if self.batch_first else out.permute(2, 0, 1, 3).flatten(2)
+        out = self._joined(self._attend(query, key, value, attn_mask))
         projected: Tensor = self.attn.out_proj(self.ln_attn(out))
         return projected
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        added = {f"{prefix}{name}": x for name, x in self.state_dict().items() if name.startswith(("ln_attn.", "mlp.ln."))}
+        if f"{prefix}attn.in_proj_weight" in state_dict and not added.keys() & state_dict.keys():
+            state_dict.update(added)
+        super()._load_from_state_dict(state_dict, prefix, *args)

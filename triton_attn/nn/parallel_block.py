@@ -1,0 +1,118 @@
+"""OpenCLIP's residual block with attention and MLP side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triton_attn import ArgumentError, arguments
+from triton_attn.nn.residual_blocks import ResidualAttentionBlock
+
+Folded = tuple[Tensor, Tensor, tuple[int, ...]]  # weight, bias, and the versions of the parameters that they were made of
+
+
+class ParallelResidualAttentionBlock(ResidualAttentionBlock):
+    """x + ls_1(attention(ln_1 x)) + ls_2(mlp(ln_2 x)): attention and MLP of the same tokens.
+
+    `fold()` makes one normalisation and one input projection of both branches' norms and first layers, for inference.
+
+    Args:
+        shared_norm: ln_1 serves both, as in PaLM; ln_2 is kept for the state.
+        qk_norm: queries and keys normalised for each head, as in ViT-22B; adds q_norm and k_norm to the state.
+
+    The others are those of `ResidualAttentionBlock`.
+
+    Source: the parallel block of an OpenCLIP fork; Chowdhery et al., "PaLM", 2022; Dehghani et al., "Scaling Vision Transformers to 22
+    Billion Parameters", 2023.
+    """
+
+    def __init__(self, d_model: int, n_head: int, *args: Any, shared_norm: bool = False, qk_norm: bool = False, **options: Any) -> None:
+        super().__init__(d_model, n_head, *args, **options)
+        self.shared_norm = arguments.flag(self, "shared_norm", shared_norm)
+        normalised = arguments.flag(self, "qk_norm", qk_norm)
+        self.q_norm = nn.LayerNorm(d_model // n_head) if normalised else None
+        self.k_norm = nn.LayerNorm(d_model // n_head) if normalised else None
+        self._folded: Folded | None = None
+
+    def forward(self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """As `ResidualAttentionBlock.forward`."""
+        keys, values = self._norm_kv(k_x), self._norm_kv(v_x)
+        if self._folded is not None and keys is None and values is None and not torch.is_grad_enabled():
+            return self._forward_folded(self._folded, q_x, attn_mask)
+        first = self.ln_1(q_x)
+        second = first if self.shared_norm else self.ln_2(q_x)
+        attended = self.ls_1(self.attention(first, keys, values, attn_mask))
+        out: Tensor = q_x + attended + self.ls_2(self.mlp(second))
+        return out
+
+    @torch.no_grad()
+    def fold(self) -> ParallelResidualAttentionBlock:
+        """Keep W' = [W_qkv diag(gamma_1); W_fc diag(gamma_2)] and its bias beside the parameters; calls without gradients use them.
+
+        train(), eval(), loading a state and moving the block forget them. A parameter changed in place raises in the next call;
+        what is written through `.data` nobody sees: fold() again after it.
+
+        Raises:
+            ArgumentError: the norms are no LayerNorms, or differ in eps.
+        """
+        norms: list[Any] = [self.ln_1, self.ln_1 if self.shared_norm else self.ln_2]
+        if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or norms[0].eps != norms[1].eps:
+            raise ArgumentError(self.name, "norm_layer", "makes no LayerNorms of one eps; allowed for fold(): those")
+        mlp: Any = self.mlp
+        weights, biases = [], []
+        for norm, weight, bias in zip(
+            norms, (self.attn.in_proj_weight, mlp.c_fc.weight), (self.attn.in_proj_bias, mlp.c_fc.bias), strict=True
+        ):
+            weights.append(weight if norm.weight is None else (weight * norm.weight).to(weight.dtype))
+            biases.append(bias if norm.bias is None else bias + weight @ norm.bias.to(weight.dtype))
+        self._folded = torch.cat(weights), torch.cat(biases), self._versions()
+        return self
+
+    def _forward_folded(self, folded: Folded, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        weight, bias, versions = folded
+        if not torch.compiler.is_compiling() and versions != self._versions():
+            raise ArgumentError(self.name, "parameters", "have changed since fold(); allowed: fold() after the change")
+        mlp: Any = self.mlp
+        norm: Any = self.ln_1
+        split = 3 * self.attn.embed_dim
+        normed = F.layer_norm(x, x.shape[-1:], None, None, norm.eps).to(x.dtype)
+        if x.is_cuda:
+            projected, hidden = F.linear(normed, weight, bias).tensor_split((split,), -1)
+        else:  # there one product measures slower than two
+            projected, hidden = F.linear(normed, weight[:split], bias[:split]), F.linear(normed, weight[split:], bias[split:])
+        query, key, value = self._normed(*(self._heads(part) for part in projected.chunk(3, -1)))
+        attended = self.attn.out_proj(self._joined(self._attend(query, key, value, attn_mask)))
+        out: Tensor = x + self.ls_1(attended) + self.ls_2(mlp.c_proj(mlp.gelu(hidden)))
+        return out
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(0 if parameter.is_inference() else parameter._version for parameter in self.parameters())
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return self._normed(*super()._projected(query, key, value))
+
+    def _normed(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if self.q_norm is None or self.k_norm is None:
+            return query, key, value
+        return self.q_norm(query), self.k_norm(key), value
+
+    def train(self, mode: bool = True) -> ParallelResidualAttentionBlock:
+        """As torch's; forgets what fold() made."""
+        self._folded = None
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or saved; a copy's parameters have versions of their own."""
+        return {**self.__dict__, "_folded": None}
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self._folded = None
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._folded = None
+        super()._load_from_state_dict(*args)
