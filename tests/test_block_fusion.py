@@ -14,6 +14,7 @@ from triton_attn.integrations.open_clip import replace_transformer_in_model
 from triton_attn.nn import (
     DeepNormResidualAttentionBlock,
     EnhancedTransformer,
+    LinearAttentionResidualBlock,
     ParallelResidualAttentionBlock,
     ResidualAttentionBlock,
     SparseAttentionResidualBlock,
@@ -50,6 +51,32 @@ def test_a_folded_block_computes_the_same(options: dict[str, object], mask: Tens
         expected = block(x, attn_mask=mask)
         assert block.fold() is block
         torch.testing.assert_close(block(x, attn_mask=mask), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_folded_block_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    block = stirred(ParallelResidualAttentionBlock(16, 2))
+    assert isinstance(block, ParallelResidualAttentionBlock)
+    x = tokens(2, 9, 16)
+    with torch.no_grad():
+        expected = block(x, attn_mask=CAUSAL)
+        block.fold()
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, attn_mask=CAUSAL), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_graph_is_not_bound_to_the_mask_it_was_compiled_with() -> None:
+    torch._dynamo.reset()
+    x, other = tokens(2, 9, 16), torch.zeros(9, 9).masked_fill(torch.eye(9, dtype=torch.bool), -torch.inf)
+    block, linear = stirred(ResidualAttentionBlock(16, 2)), stirred(LinearAttentionResidualBlock(16, 2))
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        for mask in (CAUSAL, other):
+            torch.testing.assert_close(compiled(x, attn_mask=mask), block(x, attn_mask=mask), rtol=1e-11, atol=1e-11)
+        compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, attn_mask=CAUSAL), linear(x, attn_mask=CAUSAL), rtol=1e-11, atol=1e-11)
+        with pytest.raises((Unsupported, RuntimeError), match="causal"):
+            compiled(x, attn_mask=other)
 
 
 def _trained(block: ParallelResidualAttentionBlock) -> None:

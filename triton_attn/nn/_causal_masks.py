@@ -11,7 +11,7 @@ from torch import Tensor
 def is_causal(attn_mask: Tensor) -> bool:
     """Whether a mask hides exactly the keys after each query: boolean, or 0 and -inf.
 
-    Looked at once for each tensor and version; what a graph was compiled with, it keeps.
+    Looked at once for each tensor and version; a graph keeps what was seen when it was compiled, and has to ask again by itself.
     """
     if attn_mask.ndim != 2 or attn_mask.shape[0] != attn_mask.shape[1]:
         return False
@@ -23,12 +23,18 @@ def _looks_causal(mask: Tensor) -> bool:
     known = getattr(mask, "_triton_attn_causal", None) if remembered else None
     if known is not None and known[0] == mask._version:
         return bool(known[1])
-    later = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
-    hidden = mask if mask.dtype == torch.bool else mask == -math.inf
-    found = bool((hidden == later).all()) and (mask.dtype == torch.bool or bool((mask.masked_fill(later, 0) == 0).all()))
+    found = bool(hides_the_future(mask))
     if remembered:
         mask._triton_attn_causal = (mask._version, found)  # type: ignore[attr-defined]
     return found
+
+
+def hides_the_future(mask: Tensor) -> Tensor:
+    """The same as a tensor, with nothing waiting for it."""
+    later = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return (mask == later).all()
+    return torch.where(later, mask == -math.inf, mask == 0).all()
 
 
 # torch.compile evaluates it once, on the real mask

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, attention, linear_attention, refusals, sparse_attention
 from triton_attn.nn._block_norms import LayerNorm, LayerScale, added_norm
-from triton_attn.nn._causal_masks import is_causal
+from triton_attn.nn._causal_masks import hides_the_future, is_causal
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -104,7 +104,8 @@ class ResidualAttentionBlock(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
         if attn_mask is None:
             return attention(query, key, value)  # type: ignore[no-any-return]
-        if is_causal(attn_mask):
+        # a graph would keep what it was compiled with, whatever mask comes later
+        if not torch.compiler.is_compiling() and is_causal(attn_mask):
             return attention(query, key, value, causal="top_left")  # type: ignore[no-any-return]
         if attn_mask.ndim == 3:
             attn_mask = attn_mask.unflatten(0, (-1, self.attn.num_heads))  # type: ignore[no-untyped-call]
@@ -117,6 +118,8 @@ class ResidualAttentionBlock(nn.Module):
             return False
         if not is_causal(attn_mask):
             refusals.refuse(self.name, "an attn_mask that is not causal", "ResidualAttentionBlock and ParallelResidualAttentionBlock can")
+        if torch.compiler.is_compiling():
+            torch._assert_async(hides_the_future(attn_mask), f"{self.name}: compiled for a causal attn_mask, called with another")
         return True
 
     def _norm_kv(self, x: Tensor | None) -> Tensor | None:
