@@ -172,6 +172,16 @@ def test_verify_interprets_kernels_where_there_is_no_gpu() -> None:
     assert ended.err == f"triton-attn: {FIRST} had 0.0 s: what did not fit was left out\n"
 
 
+@pytest.mark.slow
+@needs_triton
+def test_teeth_plants_some_faults_and_says_what_caught_them() -> None:
+    ended = execute("teeth", FIRST, "--some", "1", "--seed", "3", "--json")
+    assert ended.code == 0, ended.err
+    assert {row["mechanism"] for row in ended.rows} == {FIRST}
+    assert len(ended.rows) == len(CATALOG[FIRST].kernels)
+    assert all(row["change"] and (row["caught"] or row["equivalent"]) for row in ended.rows)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the process in which `verify` interprets."""

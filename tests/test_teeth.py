@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
+from datetime import date
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -10,7 +15,7 @@ import triton.language as tl
 from triton_attn import CATALOG, teeth
 from triton_attn.mechanism import Kernel, Mechanism
 from triton_attn.testing import bite, seeded
-from triton_attn.testing.equivalents import EQUIVALENT
+from triton_attn.testing.equivalents import ARGUMENTS, Argument, equivalent
 
 KERNELS = [pytest.param(row, kernel, id=f"{row.name}-{kernel.name}") for row in CATALOG.values() for kernel in row.kernels]
 
@@ -65,12 +70,43 @@ def test_a_fault_keeps_the_line_it_stands_on() -> None:
         assert "offset < length" in source.read().splitlines()[boundary.line - 1]
 
 
+@pytest.mark.parametrize("argument", ARGUMENTS, ids=lambda argument: argument.reason[:40])
+def test_argued_faults_are_those_of_kernels_that_exist(argument: Argument) -> None:
+    assert set(argument.rows) <= CATALOG.keys()
+    for fault in argument.faults:
+        name, _, change = fault.partition(": ")
+        before = change.partition(" -> ")[0].removeprefix("if ")
+        assert any(before in source for source in _SOURCES[name]), fault
+
+
+def _functions() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for file in (Path(teeth.__file__).parent / "kernels").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(node.name, []).append(ast.unparse(node))
+    return found
+
+
+_SOURCES = _functions()
+
+
+def test_a_handful_of_faults_is_caught_another_every_day() -> None:
+    """TRITON_ATTN_TEETH repeats a day's."""
+    seed = int(os.environ.get("TRITON_ATTN_TEETH") or date.today().toordinal())
+    row = CATALOG["attention"]
+    bites = list(bite(teeth.checks(row, row.kernels[-1]), equivalent=equivalent(row.name), some=6, seed=seed))
+    assert len(bites) == 6
+    survivors = [(planted.fault.line, planted.fault.key) for planted in bites if planted.survived]
+    assert survivors == [], f"again with TRITON_ATTN_TEETH={seed}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "kernel"), KERNELS)
 def test_every_fault_is_caught_or_argued(row: Mechanism, kernel: Kernel) -> None:
     survivors = [
         (planted.fault.line, planted.fault.key)
-        for planted in bite(lambda: teeth.check(row, kernel), equivalent=EQUIVALENT)
+        for planted in bite(teeth.checks(row, kernel), equivalent=equivalent(row.name))
         if planted.survived
     ]
     assert survivors == []

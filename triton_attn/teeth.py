@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from triton_attn import verify
 from triton_attn.catalog import CATALOG
 from triton_attn.mechanism import Case, Kernel, Mechanism
 from triton_attn.testing import inputs, numerics, seeded, strict_interpreter
-from triton_attn.testing.equivalents import EQUIVALENT
+from triton_attn.testing.equivalents import equivalent
 from triton_attn.tiles import Tile
 
 TILE = Tile(16, 16, 4, 1)
@@ -49,7 +50,7 @@ def teeth(
             def say(fault: seeded.Fault, done: int, total: int, shown: str = f"{row.name} {kernel.name}") -> None:
                 tick(f"{shown} {done}/{total} {fault.kind} in {fault.function.rpartition('.')[2]}")
 
-            for bite in seeded.bite(partial(check, row, kernel), equivalent=EQUIVALENT, some=some, seed=seed, tick=say):
+            for bite in seeded.bite(checks(row, kernel), equivalent=equivalent(row.name), some=some, seed=seed, tick=say):
                 fault = bite.fault
                 change = f"{fault.before} -> {fault.after}"
                 yield Tooth(
@@ -57,57 +58,98 @@ def teeth(
                 )
 
 
-def check(row: Mechanism, kernel: Kernel) -> None:
-    """The row's cases under the strict interpreter, forward and backward: AssertionError at the first that is wrong."""
-    run = verify.kernel_run(row, kernel.load(), TILE)
-    for expected in _calls(row.name, kernel.name):
-        with strict_interpreter():
-            comparisons = expected.judge(run)
-        numerics.assert_right(comparisons, (expected.options, expected.dtype))
+def checks(row: Mechanism, kernel: Kernel) -> list[Callable[[], None]]:
+    """The row's calls under the strict interpreter, forward and backward, the smallest first: AssertionError where one is wrong."""
+    code = kernel.load()
+    return [partial(_check, expected, verify.kernel_run(row, code, tile)) for expected, tile in _calls(row.name, kernel.name)]
+
+
+def _check(expected: verify.Expected, run: verify.Run) -> None:
+    with strict_interpreter():
+        comparisons = expected.judge(run)
+    numerics.assert_right(comparisons, (expected.options, expected.dtype))
 
 
 @functools.cache
-def _calls(mechanism: str, variant: str) -> tuple[verify.Expected, ...]:
+def _calls(mechanism: str, variant: str) -> tuple[tuple[verify.Expected, Tile], ...]:
     """Small cases first: most faults are caught by the first call that runs them. Truth and bound are computed once."""
     row = CATALOG[mechanism]
     kernel = next(kernel for kernel in row.kernels if kernel.name == variant)
     served = [case for case in row.cases if not verify.refused(row, variant, case, torch.float16)]
     ordered = sorted(served, key=lambda case: sum(case.sizes.values()))
-    calls = [(case, torch.float16, 1.0, inputs.CONTIGUOUS) for case in ordered]
-    if kernel is row.kernels[-1]:
-        for case, layout in zip(ordered, itertools.cycle((inputs.STRIDED, inputs.PERMUTED)), strict=False):
-            calls.append((case, torch.float32, 8.0, layout))
-        longer = [replace(long, sizes=row.fitted(long.sizes, long.options)) for case in _bare(row, ordered) for long in _long_axes(case)]
-        calls += [(case, torch.float16, 1.0, inputs.FAR) for case in longer]
+    by_layout = kernel is row.kernels[-1]  # others serve contiguous rows only
+    ways = [(torch.float16, 1.0, inputs.STRIDED), (torch.float32, 8.0, inputs.PERMUTED)]
+    if not by_layout:
+        ways = [(torch.float16, 1.0, inputs.CONTIGUOUS)]
+    calls = [(case, *way, TILE) for case, way in zip(ordered, itertools.cycle(ways), strict=False)]
+    special = _any_layout(row, kernel, ordered) if by_layout else _contiguous(row, ordered)
+    calls += [(case, torch.float16, 1.0, layout, tile) for case, layout, tile in special]
     expected = []
-    for case, dtype, spread, layout in calls:
+    for case, dtype, spread, layout, tile in calls:
         tensors, options = inputs.draw(row, case, dtype=dtype, spread=spread, layout=layout)
         if "scale" in row.options:
             options.setdefault("scale", None)
-        expected.append(verify.expect(row, tensors, options, case.sizes, dtype=dtype, statistical=spread <= 1.0, layout=layout))
+        judged = verify.expect(row, tensors, options, case.sizes, dtype=dtype, statistical=spread <= 1.0, layout=layout)
+        expected.append((judged, tile))
     return tuple(expected)
 
 
-def _bare(row: Mechanism, cases: Sequence[Case]) -> Iterator[Case]:
-    """The first case without options, and the first with each optional tensor."""
-    seen: set[str | None] = set()
-    for case in cases:
-        tensors = [name for name in case.options if name in row.inputs]
-        kind = tensors[0] if tensors else None
-        if kind not in seen and (tensors or not case.options):
-            seen.add(kind)
-            yield case
+Special = Iterator[tuple[Case, str, Tile]]
+ONE = {"b": 1, "h": 1, "g": 1}
 
 
-def _long_axes(case: Case) -> Iterator[Case]:
-    """The case with many items, with many heads, and with few but many steps: far strides need an axis of three or more."""
-    if "b" in case.sizes:
-        yield replace(case, sizes={**case.sizes, "b": 3})
-    if "l" in case.sizes:
-        yield replace(case, sizes={**case.sizes, "b": 2, "d": 2})
-    if {"b", "h", "g"} <= case.sizes.keys():
-        yield replace(case, sizes={**case.sizes, "b": 1, "h": 6, "g": 3})
-        yield replace(case, sizes={**case.sizes, "b": 1, "h": 2, "g": 1})
+def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Special:
+    """What no ordinary case has: widths below their block, several tiles under dropout, many rows, shared keys, far strides."""
+    bare, *laden = _bare(row, cases)
+    if {"d", "e"} <= bare.sizes.keys():
+        yield _sized(row, bare, **ONE, d=12, e=10), inputs.SLICED, TILE
+        yield _sized(row, bare, **ONE, m=65, n=3), inputs.CONTIGUOUS, TILE
+        if "dropout_p" in row.options:
+            yield _sized(row, _with(bare, dropout_p=0.2), **ONE, m=20, n=40), inputs.CONTIGUOUS, TILE
+        if row.options.get("causal") == "str":
+            yield _sized(row, _with(bare, causal="top_left"), **ONE, m=35, n=18), inputs.CONTIGUOUS, TILE
+            yield _sized(row, _with(bare, causal="bottom_right"), **ONE, m=3, n=60), inputs.CONTIGUOUS, TILE
+    if any(launch.shared for launch in kernel.launches):
+        yield _sized(row, bare, b=1, h=2, g=1, m=17, n=70, e=10), inputs.CONTIGUOUS, replace(TILE, splits=3)
+        # more shares than a merge reads at once: all of them full, and some empty
+        yield _sized(row, _with(bare, scale=1.0), b=1, h=2, g=1, m=16, n=150, e=10), inputs.CONTIGUOUS, replace(TILE, splits=9)
+        for case in laden:
+            yield _sized(row, case, b=1, h=2, g=2, m=3, n=40), inputs.CONTIGUOUS, replace(TILE, splits=9)
+    for axis, layout in enumerate(inputs.FAR_ALONG):
+        for case in (bare, *laden):
+            yield _sized(row, case, **_heads(row, axis), m=5, n=5), layout, TILE
 
 
-__all__ = ["Tooth", "check", "teeth"]
+def _contiguous(row: Mechanism, cases: Sequence[Case]) -> Special:
+    """Far strides of rows that are contiguous, several tiles along them, and one loop for specialised warps."""
+    bare, *_ = _bare(row, cases)
+    yield _sized(row, bare, **ONE, m=20, n=35), inputs.CONTIGUOUS, replace(TILE, warp_specialize=True)
+    for axis, layout in enumerate(inputs.FAR_ALONG[:3]):
+        yield _sized(row, bare, **_heads(row, axis), m=33, n=33), layout, TILE
+
+
+def _heads(row: Mechanism, axis: int) -> dict[str, int]:
+    """Few items and heads, but enough of those along this axis of some tensor to be far apart."""
+    named = [axes.split() for axes in (*(x.axes for x in row.inputs.values()), *(x.axes for x in row.outputs.values()))]
+    along = {names[axis] for names in named if len(names) > axis}
+    return {name: 3 if name in along else 1 for name in ONE}
+
+
+def _bare(row: Mechanism, cases: Sequence[Case]) -> list[Case]:
+    """A case with as little as possible, and the first with each optional tensor."""
+    tensors = {case.name: {name for name in case.options if name in row.inputs} for case in cases}
+    found = [min(cases, key=lambda case: (len(tensors[case.name]), "dropout_p" in case.options, len(case.options)))]
+    for name in sorted(set().union(*tensors.values()) - tensors[found[0].name]):
+        found.append(next(case for case in cases if name in tensors[case.name]))
+    return list({case.name: case for case in found}.values())
+
+
+def _with(case: Case, **options: Any) -> Case:
+    return replace(case, options={**case.options, **options})
+
+
+def _sized(row: Mechanism, case: Case, **sizes: int) -> Case:
+    return replace(case, sizes=row.fitted({**case.sizes, **{k: v for k, v in sizes.items() if k in case.sizes}}, case.options))
+
+
+__all__ = ["Tooth", "checks", "teeth"]

@@ -14,7 +14,8 @@ from triton_attn.mechanism import Case, Input, Mechanism, Sizes
 
 CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET = "contiguous", "permuted", "sliced", "strided", "expanded", "offset"
 NARROW = "narrow"  # a parameter in the inputs' own dtype
-FAR = "far"  # beyond 2^31 elements along one axis
+FAR = "far"  # beyond 2^31 elements along one axis: the first that is long enough, or this one
+FAR_ALONG = ("far along 0", "far along 1", "far along 2", "far along 3")
 LAYOUTS = (CONTIGUOUS, PERMUTED, SLICED, STRIDED, EXPANDED, OFFSET)
 
 
@@ -50,10 +51,10 @@ def draw(
             tensors[name] = _offsets(size[0], case.sizes[given.into], generator).to(device)
         elif given.kind == "index":
             indices = INDICES[how](size, case.sizes[given.into], generator)
-            tensors[name] = (laid_out(indices, layout) if layout in (FAR, PERMUTED) else indices).to(device)
+            tensors[name] = (laid_out(indices, layout) if layout in (FAR, PERMUTED, *FAR_ALONG) else indices).to(device)
         else:
             mask = MASKS[how](size, generator)
-            tensors[name] = (laid_out(mask, FAR) if layout == FAR else mask).to(device)
+            tensors[name] = laid_out(mask, layout).to(device)
     return tensors, options
 
 
@@ -86,6 +87,8 @@ def _wanted(row: Mechanism, case: Case) -> tuple[list[tuple[str, Input, Any, tup
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another layout; what lies between them is NaN."""
+    if layout in FAR_ALONG:
+        return _far(tensor, FAR_ALONG.index(layout))
     if layout == CONTIGUOUS or tensor.ndim < (1 if layout in (SLICED, STRIDED, OFFSET) else 2):
         return tensor
     if layout == PERMUTED:  # batch, length, heads, width underneath; or batch, length, channels
@@ -105,18 +108,19 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return view.copy_(tensor)
 
 
-def _far(tensor: Tensor) -> Tensor:
-    """Along the first axis that is long enough, the last index times its stride does not fit into int32, though the stride does.
+def _far(tensor: Tensor, axis: int | None = None) -> Tensor:
+    """Along an axis that is long enough, the last index times its stride does not fit into int32, though the stride does.
 
     The last axis counts only where there are three: then it is time.
 
     The memory between is never touched, so it is only mapped.
     """
-    axes = tensor.shape if tensor.ndim == 3 else tensor.shape[:-1]
-    axis = next((axis for axis, size in enumerate(axes) if size > 2), None)
     if axis is None:
+        axes = tensor.shape if tensor.ndim == 3 else tensor.shape[:-1]
+        axis = next((axis for axis, size in enumerate(axes) if size > 2), None)
+    if axis is None or axis >= tensor.ndim or tensor.shape[axis] < 3:
         return tensor
-    step = -(-(2**31) // (tensor.shape[axis] - 1))
+    step = -(-(2**31) // (tensor.shape[axis] - 1) // 8) * 8  # a descriptor wants rows of 16 aligned bytes
     strides = [*tensor.movedim(axis, 0)[0].contiguous().stride()]
     strides.insert(axis, step)
     reach = 1 + sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True))
@@ -132,7 +136,8 @@ def _boolean(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _additive(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator).masked_fill(~_boolean(size, generator), -math.inf)
+    drawn = torch.randn(size, generator=generator).masked_fill(~_boolean(size, generator), -math.inf)
+    return drawn.masked_fill(torch.rand(size, generator=generator) < 0.2, 0.0) if drawn.numel() else drawn
 
 
 def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -15,10 +15,10 @@ import random
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from triton_attn.testing.interpreter import strict_interpreter
@@ -39,6 +39,8 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv,
 }
+# what the language says to a fault that no compiler would take: it proves nothing
+STILLBORN = (TypeError, AttributeError, NameError)
 MISTAKEN = {"max": "min", "min": "max", "sum": "max", "exp2": "exp", "exp": "exp2", "log2": "log", "log": "log2"}
 
 
@@ -53,6 +55,7 @@ class Fault:
     after: str
     path: Path
     choice: int  # which exchange of the node
+    lines: frozenset[tuple[str, int]]  # (file, line) of the node
 
     @property
     def key(self) -> str:
@@ -76,49 +79,66 @@ class Bite:
 
 @dataclass(frozen=True)
 class Ran:
-    """The `@triton.jit` functions that a check runs, Triton's own library excepted, and (file, line) of every line that ran."""
+    """The `@triton.jit` functions that checks run, Triton's own library excepted, and (file, line) of every line that each ran."""
 
     functions: Mapping[str, Any]
-    lines: frozenset[tuple[str, int]]
+    by_check: tuple[frozenset[tuple[str, int]], ...]
+
+    @property
+    def lines(self) -> frozenset[tuple[str, int]]:
+        return frozenset().union(*self.by_check)
 
 
-def ran(check: Callable[[], object]) -> Ran:
-    """Run a check, right as it is, and see what it runs."""
+def ran(*checks: Callable[[], object]) -> Ran:
+    """Run checks, right as they are, and see what each runs."""
+    found = []
+    functions: dict[str, Any] = {}
+    for check in checks:
+        more, lines = _ran(check)
+        functions |= more
+        found.append(lines)
+    return Ran(functions, tuple(found))
+
+
+def _ran(check: Callable[[], object]) -> tuple[dict[str, Any], frozenset[tuple[str, int]]]:
     lines: set[tuple[str, int]] = set()
+    inside: dict[CodeType, bool] = {}
 
     def follow(frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        if event == "call" and (f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}" not in record.functions or "/triton/" in name):
-            return None
-        lines.add((name, frame.f_lineno))
+        code = frame.f_code
+        if event == "call":
+            if code not in inside:
+                inside[code] = (
+                    f"{frame.f_globals.get('__name__')}.{code.co_name}" in record.functions and "/triton/" not in code.co_filename
+                )
+            if not inside[code]:
+                return None
+        lines.add((code.co_filename, frame.f_lineno))
         return follow
 
     with strict_interpreter() as record:
-        check()  # what it raises, it raises untraced
         before = sys.gettrace()
         sys.settrace(follow)
         try:
             check()
         finally:
             sys.settrace(before)
-    functions = {name: function for name, function in record.functions.items() if not name.startswith("triton.")}
-    return Ran(functions, frozenset(lines))
+    return {name: function for name, function in record.functions.items() if not name.startswith("triton.")}, frozenset(lines)
 
 
 def faults(found_running: Ran) -> list[Fault]:
     """Every fault that can be planted in what ran. A branch that a constexpr leaves out is another variant's."""
-    found = []
+    found, lines = [], found_running.lines
     for name, function in found_running.functions.items():
         tree, first = _parsed(function)
-        file = inspect.getsourcefile(function.fn)
+        file = function.fn.__code__.co_filename
         for path, node in _nodes(tree):
-            if not any(
-                (file, first + line - 1) in found_running.lines for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            ):
+            spans = frozenset((file, first + line - 1) for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            if not spans & lines:
                 continue
             for choice, (kind, exchanged) in enumerate(_exchanges(node, tree)):
-                after = "nothing" if isinstance(exchanged, ast.Pass) else ast.unparse(exchanged)
-                found.append(Fault(name, kind, first + node.lineno - 1, ast.unparse(node), after, path, choice))
+                after = "nothing" if isinstance(exchanged, ast.Pass) else _shown(exchanged)
+                found.append(Fault(name, kind, first + node.lineno - 1, _shown(node), after, path, choice, spans))
     return found
 
 
@@ -147,7 +167,7 @@ def planted(fault: Fault, functions: Mapping[str, Any]) -> Iterator[None]:
 
 
 def bite(
-    check: Callable[[], object],
+    check: Callable[[], object] | Sequence[Callable[[], object]],
     *,
     equivalent: Mapping[str, str] | None = None,
     some: int | None = None,
@@ -156,24 +176,41 @@ def bite(
 ) -> Iterator[Bite]:
     """Plant every fault, or `some` of them picked by `seed`, in what `check` runs, and see whether `check` raises.
 
-    `equivalent` gives for the `key` of a fault why it changes nothing that a call can show.
+    Several checks are tried in their order, those left out that do not run the line of the fault. `equivalent` gives for the `key` of
+    a fault why it changes nothing that a call can show; it is planted all the same, and counts as caught if it is. A fault that only
+    the language objects to, with a TypeError for instance, would not have compiled: it is left out.
     """
-    running = ran(check)
-    every, functions = faults(running), running.functions
+    checks = [check] if callable(check) else list(check)
+    running = ran(*checks)
+    every = faults(running)
     if some is not None:
-        every = random.Random(seed).sample(every, min(some, len(every)))
-    for done, fault in enumerate(every):
-        tick(fault, done, len(every))
-        start, caught = time.perf_counter(), ""
-        reason = (equivalent or {}).get(fault.key, "")
-        if not reason:
-            try:
-                # strict, lest a fault writes where it should not
-                with planted(fault, functions), strict_interpreter():
-                    check()
-            except Exception as error:  # noqa: BLE001  any exception is a catch
-                caught = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        yield Bite(fault, caught, reason, time.perf_counter() - start)
+        random.Random(seed).shuffle(every)
+    planted_so_far, total = 0, len(every) if some is None else min(some, len(every))
+    for fault in every:
+        if planted_so_far == total:
+            return
+        tick(fault, planted_so_far, total)
+        start, caught = time.perf_counter(), _caught(fault, running, checks)
+        if caught is not None:
+            planted_so_far += 1
+            yield Bite(fault, caught, "" if caught else (equivalent or {}).get(fault.key, ""), time.perf_counter() - start)
+
+
+def _caught(fault: Fault, running: Ran, checks: Sequence[Callable[[], object]]) -> str | None:
+    """What the first check said that noticed; "" where none did, None where the fault would not compile."""
+    stillborn = False
+    for check, lines in zip(checks, running.by_check, strict=True):
+        if not lines & fault.lines:
+            continue
+        try:
+            # strict, lest a fault writes where it should not
+            with planted(fault, running.functions), strict_interpreter():
+                check()
+        except STILLBORN:
+            stillborn = True
+        except Exception as error:  # noqa: BLE001  any other exception is a catch
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return None if stillborn else ""
 
 
 def _parsed(function: Any) -> tuple[ast.FunctionDef, int]:
@@ -185,6 +222,10 @@ def _parsed(function: Any) -> tuple[ast.FunctionDef, int]:
     if ast.get_docstring(node) is not None and len(node.body) > 1:
         node.body = node.body[1:]
     return node, first + start
+
+
+def _shown(node: ast.AST) -> str:
+    return f"if {ast.unparse(node.test)}" if isinstance(node, ast.If) else ast.unparse(node)
 
 
 def _nodes(tree: ast.FunctionDef) -> Iterator[tuple[Path, Any]]:
