@@ -80,3 +80,11 @@ def test_the_digits_example_trains_every_type_and_says_how_well(capsys: pytest.C
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| 0.0 \| [\d.]+ \| [\d,]+ \|$", capsys.readouterr().out, re.MULTILINE)
     assert [kind for kind, _ in rows] == types
     assert min(float(right) for _, right in rows) > 20  # four epochs; chance is 10
+
+
+def test_the_long_net_example_trains_both_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--minutes", "0.03", "--length", "64", "--batch", "2", "--test", "2", "--generate", "3"]
+    assert example("longnet_text").main(arguments) == 0
+    rows = re.findall(r"^\| (\w+) \| [\d,]+ \| \d+ \| \d+ \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["dilated", "dense"]
+    assert all(float(after) < float(before) for _, before, after in rows)
