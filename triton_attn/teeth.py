@@ -132,7 +132,8 @@ def _heads(row: Mechanism, axis: int) -> dict[str, int]:
     """Few items and heads, but enough of those along this axis of some tensor to be far apart."""
     named = [axes.split() for axes in (*(x.axes for x in row.inputs.values()), *(x.axes for x in row.outputs.values()))]
     along = {names[axis] for names in named if len(names) > axis}
-    return {name: 3 if name in along else 1 for name in ONE}
+    channels = {"d": 3} if any("l" in names for names in named) else {}  # groups share them evenly
+    return {**{name: 3 if name in along else 1 for name in ONE}, **channels}
 
 
 def _bare(row: Mechanism, cases: Sequence[Case]) -> list[Case]:
