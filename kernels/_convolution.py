@@ -27,7 +27,8 @@ def owned(channels, blocks_d, blocks_t, BLOCK_D: tl.constexpr, BLOCK_T: tl.const
 @triton.jit
 def of_channels(pointer, strides, i, channel, in_d):
     """The i-th column of a (D, K) matrix."""
-    return tl.load(pointer + channel * strides[0] + i * strides[1], mask=in_d)
+    column = tl.full((), i, tl.int64)  # 32 bits are not enough for its product
+    return tl.load(pointer + channel * strides[0] + column * strides[1], mask=in_d)
 
 
 @triton.jit
