@@ -33,6 +33,16 @@ def test_every_mechanism_and_module_has_a_call_that_runs(capsys: pytest.CaptureF
     assert {f"nn.{name}" for name in nn.__all__ if isinstance(getattr(nn, name), type)} <= shown
 
 
+def test_the_text_example_learns_and_writes_what_it_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    text = example("mamba_text")
+    small = ["--minutes", "0.03", "--length", "64", "--batch", "2", "--test", "2", "--files", "12", "--generate", "5", "--threads", "1"]
+    assert text.main(small) == 0  # not 0 where steps and the parallel form part
+    shown = capsys.readouterr().out
+    sizes = [int(size) for size in re.findall(r"^\| \w+ \| (\d+) \| [1-9]\d* \| [\d.]+ \|$", shown, re.MULTILINE)]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.1 * min(sizes)  # beside each other only if of equal size
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
 def test_the_video_example_learns_and_says_how_well(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
