@@ -50,12 +50,13 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "testing.*": ("mechanism device tiles testing.*", "torch triton numpy hypothesis pytest"),
     WORKERS: (f"{BELOW} catalog testing.* {WORKERS}", "torch triton"),
     "report.*": (f"{BELOW} catalog testing.* {WORKERS} report.*", "torch rich jinja2 markupsafe matplotlib"),
-    "cli": (f"{BELOW} catalog testing.* {WORKERS} report.* __init__", "torch typer rich platformdirs"),
+    "cli": (f"{BELOW} catalog testing.* {WORKERS} report.* vit.commands __init__", "torch typer rich platformdirs"),
     "__main__": ("cli", ""),
     "__init__": ("arguments catalog dispatch tiles functional.*", ""),
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
+    "vit.*": ("__init__ arguments models.* vit.*", "torch typer sklearn"),
     "integrations.*": ("__init__ arguments nn.* integrations.*", "torch transformers open_clip timm"),
 }
 

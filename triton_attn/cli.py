@@ -1,4 +1,4 @@
-"""The command line: triton-attn {list,explain,verify,teeth,compile,bench,report}.
+"""The command line: triton-attn {list,explain,verify,teeth,compile,bench,report,vit}.
 
 Exit codes: 0 right, 1 something is wrong, 2 a bad argument. With --json, standard output holds one JSON object per line and nothing else.
 """
@@ -24,6 +24,8 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("triton-attn: the command line needs more packages: pip install 'triton-attn[cli]'") from None
 
+from triton_attn.vit import commands as vit
+
 if TYPE_CHECKING:
     from triton_attn.report.parts import Log
 
@@ -42,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(vit.app, name="vit")
 
 
 class BadArgument(Exception):
