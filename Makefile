@@ -11,13 +11,14 @@ NEW := .venv/.installed
 OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
 OPEN_CLIP := .venv-open-clip/.installed
+OLDER := $(addprefix tests/test_,kernels.py operators.py transforms.py compile.py interpreter.py interpreter_numbers.py kernel_check.py split.py)
 PEERS := .venv/.peers
 LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all test-foreign test-open-clip lint types compile tables bench docs clean
+.PHONY: report test test-all test-foreign test-open-clip test-triton36 lint types compile tables bench docs clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -25,7 +26,7 @@ report: $(NEW)
 test: $(NEW)
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(NEW) test-foreign test-open-clip
+test-all: $(NEW) test-foreign test-open-clip test-triton36
 	$(PYTEST) tests
 
 # Kernels that nobody here wrote, under the strict interpreter.
@@ -35,6 +36,10 @@ test-foreign: $(FOREIGN)
 # Our blocks inside of open_clip's own model.
 test-open-clip: $(OPEN_CLIP)
 	.venv-open-clip/bin/python -m pytest -q tests/test_open_clip.py
+
+# The older interpreter and compiler, beside the same torch: torch 2.11 itself is on the package index for CUDA alone.
+test-triton36: $(OLD)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-triton36/bin/python -m pytest -n 2 -q -m "not slow" $(OLDER)
 
 lint: $(NEW)
 	.venv/bin/ruff check .
@@ -84,7 +89,7 @@ $(OLD): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv-triton36
 	@grep -v '^numpy==' constraints.txt > .venv-triton36/constraints.txt
 	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt torch
-	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt triton==3.6.0 'numpy<2.4' -e '.[cli,testing]'
+	@.venv-triton36/bin/python $(PIP) -c .venv-triton36/constraints.txt triton==3.6.0 'numpy<2.4' pytest-benchmark pytest-xdist -e '.[cli,testing]'
 	@touch $@
 
 # The libraries without what they ask for: one of them asks for CUDA builds.

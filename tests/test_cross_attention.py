@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_attn import ArgumentError, use_backend
-from triton_attn.nn import CrossAttentionModule, ImageCrossAttentionModule, image_context, norm_matched_add
+from triton_attn import ArgumentError, norm_matched_add, use_backend
+from triton_attn.nn import CrossAttentionModule, ImageCrossAttentionModule, image_context
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 DIM, HEADS, T, M = 12, 3, 7, 19
@@ -178,7 +178,7 @@ def test_the_context_is_patches_and_the_class_token_in_the_joint_space() -> None
 
 def test_a_branch_of_zeros_adds_nothing() -> None:
     x, branch = text().requires_grad_(), torch.zeros(2, T, DIM, **DOUBLE, requires_grad=True)
-    out = norm_matched_add(x, branch, 0.3)
+    out = norm_matched_add(x, branch, scale=0.3)
     close(out, x)
     gradients = torch.autograd.grad(out.sum(), (x, branch))
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -215,3 +215,29 @@ def test_a_wrong_argument_is_named(call: Callable[[], Any], said: str) -> None:
     with pytest.raises(ArgumentError) as raised:
         call()
     assert said in str(raised.value)
+
+
+def test_the_sum_says_what_it_takes() -> None:
+    x = text()
+    wrong = {
+        "branch": lambda: norm_matched_add(x, x[:, :2]),
+        "weight": lambda: norm_matched_add(x, x, torch.ones(2, **DOUBLE)),
+        "eps": lambda: norm_matched_add(x, x, eps=0.0),
+        "scale": lambda: norm_matched_add(x, x, scale=math.inf),
+    }
+    for argument, call in wrong.items():
+        with pytest.raises(ArgumentError) as caught:
+            call()  # type: ignore[no-untyped-call]
+        assert caught.value.argument == argument
+
+
+def test_any_leading_axes_and_a_learned_weight() -> None:
+    weight = torch.tensor(0.3, **DOUBLE, requires_grad=True)
+    for x in (text(), text()[0], text()[0, 0], text(2, 3, T)):
+        branch = torch.randn_like(x)
+        out, gain = norm_matched_add(x, branch, weight, scale=0.5, return_gain=True)
+        close(gain, torch.linalg.vector_norm(x, dim=-1) / (torch.linalg.vector_norm(branch, dim=-1) + 1e-6))
+        close(out, x + 0.15 * gain[..., None] * branch)
+        close(norm_matched_add(x, branch, scale=0.15), out)
+        (found,) = torch.autograd.grad(out.sum(), weight)
+        close(found, 0.5 * (gain[..., None] * branch).sum())

@@ -98,3 +98,14 @@ def test_the_long_net_example_trains_both_and_writes(capsys: pytest.CaptureFixtu
     rows = re.findall(r"^\| (\w+) \| [\d,]+ \| \d+ \| \d+ \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["dilated", "dense"]
     assert all(float(after) < float(before) for _, before, after in rows)
+
+
+def test_the_linear_text_example_trains_each_and_writes_what_it_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "3", "--tokens", "32", "--batch", "2", "--lengths", "16", "64"]
+    assert example("linear_text").main(arguments) == 0
+    shown = capsys.readouterr().out
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| [\d.]+ \| \d+ \| \d+ \|$", shown, re.MULTILINE)
+    assert [kind for kind, _ in rows] == ["linear", "performer", "dense"]
+    assert len({size for _, size in rows}) == 1
+    (apart,) = re.findall(r"differ by ([\d.e+-]+) at most", shown)
+    assert float(apart) < 1e-3

@@ -30,7 +30,8 @@ def quadratic(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, phi: Ca
 
 
 def unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    out: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return out
 
 
 def split(module: Any, x: Tensor) -> Tensor:

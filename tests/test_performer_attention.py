@@ -202,7 +202,7 @@ def test_a_module_is_compiled_in_one_graph(make: Callable[..., Any]) -> None:
     module, x = make().eval(), torch.randn(B, 19, DIM)
     with torch.no_grad():
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)  # type: ignore[no-untyped-call]
 
 
 @EACH

@@ -11,6 +11,7 @@ from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.hydra_attention import hydra_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
+from triton_attn.functional.norm_matched_add import norm_matched_add
 from triton_attn.functional.performer_attention import orthogonal_projection, performer_attention
 from triton_attn.functional.ripple_attention import ripple_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
@@ -36,6 +37,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "local_global_attention",
+    "norm_matched_add",
     "orthogonal_projection",
     "performer_attention",
     "ripple_attention",

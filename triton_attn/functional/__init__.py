@@ -6,6 +6,7 @@ from triton_attn.functional.causal_conv1d import ROW as causal_conv1d
 from triton_attn.functional.dilated_attention import ROW as dilated_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
+from triton_attn.functional.norm_matched_add import ROW as norm_matched_add
 from triton_attn.functional.selective_scan import ROW as selective_scan
 from triton_attn.functional.strided_attention import ROW as strided_attention
 from triton_attn.functional.subset_attention import ROW as subset_attention
@@ -20,4 +21,5 @@ ROWS = (
     selective_scan,
     causal_conv1d,
     add_layer_norm,
+    norm_matched_add,
 )

@@ -1,7 +1,7 @@
 """Modules over our functions: torch.nn's and those of the systems we re-implement, same parameters, same calls."""
 
 from triton_attn.nn.configuration import build
-from triton_attn.nn.cross_attention import CrossAttentionModule, ImageCrossAttentionModule, image_context, norm_matched_add
+from triton_attn.nn.cross_attention import CrossAttentionModule, ImageCrossAttentionModule, image_context
 from triton_attn.nn.cross_memory_attention import CrossMemoryAttention
 from triton_attn.nn.deep_norm_block import DeepNormResidualAttentionBlock, deepnorm_constants
 from triton_attn.nn.dilated_attention import DilatedAttention, ImprovedDilatedAttention
@@ -58,5 +58,4 @@ __all__ = [
     "from_torchscale",
     "image_context",
     "magneto_gain",
-    "norm_matched_add",
 ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from triton_attn import ArgumentError, arguments, attention
+from triton_attn import ArgumentError, arguments, attention, norm_matched_add
 from triton_attn.nn.attention_weights import attention_weights
 
 RESIDUALS = ("norm_matched", "scaled", "add", None)
@@ -18,19 +18,6 @@ class ProjectedContext(NamedTuple):
 
     key: Tensor
     value: Tensor
-
-
-def norm_matched_add(x: Tensor, branch: Tensor, weight: float | Tensor, eps: float = 1e-6) -> Tensor:
-    """x + weight |x| branch / (|branch| + eps): a branch as long as x, whatever its own length. Norms over the last axis, in float32.
-
-    A branch of zeros adds nothing and gets no gradient through its norm.
-
-    Source: AdaptedCLIPWithCrossAttention of an AA-CLIP fork.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    ours, theirs = (torch.linalg.vector_norm(part.to(wide), dim=-1, keepdim=True) for part in (x, branch))
-    joined: Tensor = x + weight * (ours / (theirs + eps)) * branch
-    return joined.to(x.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -126,7 +113,10 @@ class CrossAttention(nn.Module):
                 raise ArgumentError(self.name, "text_key_padding_mask", f"is {found}; allowed: bool, {tuple(text_features.shape[:-1])}")
             cross = cross.masked_fill(text_key_padding_mask[..., None], 0.0)
         if self.residual == "norm_matched":
-            return norm_matched_add(text_features, cross, self.weight)
+            learned = isinstance(self.weight, Tensor)
+            given: dict[str, Any] = {"weight": self.weight} if learned else {"scale": self.weight}
+            matched: Tensor = norm_matched_add(text_features, cross, **given)
+            return matched
         if self.residual == "scaled":
             cross = self.weight * cross
         joined: Tensor = cross if self.residual is None else text_features + cross

@@ -1,0 +1,256 @@
+"""A branch added at the length of what it is added to: rows in registers, read once. Loops on the device, launches from the host."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_attn import device
+from triton_attn.kernels._grid import grid
+from triton_attn.tiles import NORM_KEYS, Key, Space, Tile, find
+
+FORWARD, BACKWARD = "forward", "backward"
+NAME = "norm_matched_add/rows"
+WIDTHS = (256, 1024, 4096)
+WIDEST = WIDTHS[-1]
+Tiles = Tile | Mapping[str, Tile] | None
+
+
+@triton.jit
+def _row_of(x, row, live, column, length, strides, D: tl.constexpr):
+    """Some rows, counted through batch and time, in float32."""
+    start = (row // length) * strides[0] + (row % length) * strides[1]
+    seen = live[:, None] & (column < D)[None, :]
+    return tl.load(x + start[:, None] + column[None, :] * strides[2], mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    branch,
+    weight,
+    out,
+    gain,
+    x_strides,
+    c_strides,
+    rows,
+    length,
+    scale,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    live = row < rows
+    ours = _row_of(x, row, live, column, length, x_strides, D)
+    theirs = _row_of(branch, row, live, column, length, c_strides, D)
+    ratio = tl.sqrt(tl.sum(ours * ours, 1)) / (tl.sqrt(tl.sum(theirs * theirs, 1)) + eps)
+    w = scale
+    if weight is not None:
+        w *= tl.load(weight).to(tl.float32)
+    y = ours + (w * ratio)[:, None] * theirs
+    tl.store(out + row[:, None] * D + column[None, :], y.to(out.dtype.element_ty), mask=live[:, None] & (column < D)[None, :])
+    tl.store(gain + row, ratio, mask=live)
+
+
+@triton.jit
+def backward_kernel(
+    grad_out,
+    grad_gain,
+    x,
+    branch,
+    weight,
+    dx,
+    dbranch,
+    dweight,
+    g_strides,
+    t_strides,
+    x_strides,
+    c_strides,
+    rows,
+    length,
+    scale,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Some blocks of rows one after the other; what they add to the gradient of the weight goes into a number of the program's own."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    w = scale
+    if weight is not None:
+        w *= tl.load(weight).to(tl.float32)
+    dw = tl.zeros((BLOCK_R,), tl.float32)
+    for step in range(STEPS):
+        row = (program * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        live = row < rows
+        seen = live[:, None] & (column < D)[None, :]
+        ours = _row_of(x, row, live, column, length, x_strides, D)
+        theirs = _row_of(branch, row, live, column, length, c_strides, D)
+        g = _row_of(grad_out, row, live, column, length, g_strides, D)
+        own, other = tl.sqrt(tl.sum(ours * ours, 1)), tl.sqrt(tl.sum(theirs * theirs, 1))
+        inverse = 1.0 / (other + eps)
+        ratio = own * inverse
+        along = tl.sum(g * theirs, 1)
+        dw += ratio * along
+        dratio = w * along
+        if grad_gain is not None:
+            dratio += tl.load(grad_gain + (row // length) * t_strides[0] + (row % length) * t_strides[1], mask=live, other=0.0)
+        # a row of zeros has no direction, and gets no gradient through its norm
+        to_own = tl.where(own > 0, dratio * inverse / tl.where(own > 0, own, 1.0), 0.0)
+        to_other = tl.where(other > 0, dratio * ratio * inverse / tl.where(other > 0, other, 1.0), 0.0)
+        where = row[:, None] * D + column[None, :]
+        if dx is not None:
+            tl.store(dx + where, (g + to_own[:, None] * ours).to(dx.dtype.element_ty), mask=seen)
+        if dbranch is not None:
+            d = (w * ratio)[:, None] * g - to_other[:, None] * theirs
+            tl.store(dbranch + where, d.to(dbranch.dtype.element_ty), mask=seen)
+    if dweight is not None:
+        tl.store(dweight + program, scale * tl.sum(dw, 0))
+
+
+def norm_matched_add(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    return_gain: bool = False,
+    tile: Tiles = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(out, gain): one launch."""
+    chosen = _chosen(tile, FORWARD, x)
+    b, length, d = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gain = torch.empty((b, length), dtype=torch.float32, device=x.device)
+    if out.numel():
+        with device.guard(x):
+            forward_kernel[grid(triton.cdiv(b * length, chosen.block_m))](
+                x,
+                branch,
+                weight,
+                out,
+                gain,
+                x.stride(),
+                branch.stride(),
+                b * length,
+                length,
+                scale,
+                eps,
+                **_constants(chosen, d),
+            )
+    return (out, gain) if return_gain else out
+
+
+def norm_matched_add_backward(
+    grad_out: Tensor | None,
+    grad_gain: Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-6,
+    out: Tensor,
+    gain: Tensor,
+    needs: Sequence[bool] = (True,) * 3,
+    tile: Tiles = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, branch, weight): one launch, and a sum over the programs in a fixed order."""
+    chosen = _chosen(tile, BACKWARD, x)
+    b, length, d = x.shape
+    rows, nothing = b * length, x.new_empty(0)
+    if grad_out is None:
+        grad_out = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    dx, dbranch = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None for need in needs[:2])
+    programs = triton.cdiv(rows, chosen.block_m * chosen.block_n)
+    dweight = torch.empty(programs, dtype=torch.float32, device=x.device) if weight is not None and needs[2] else None
+    if x.numel():
+        with device.guard(x):
+            backward_kernel[grid(programs)](
+                grad_out,
+                grad_gain,
+                x,
+                branch,
+                weight,
+                dx,
+                dbranch,
+                dweight,
+                grad_out.stride(),
+                (0, 0) if grad_gain is None else grad_gain.stride(),
+                x.stride(),
+                branch.stride(),
+                rows,
+                length,
+                scale,
+                eps,
+                **_constants(chosen, d),
+                STEPS=chosen.block_n,
+            )
+    summed = None if dweight is None or weight is None else dweight.sum(0, keepdim=True).to(weight.dtype)
+    return tuple(nothing if gradient is None else gradient for gradient in (dx, dbranch, summed))
+
+
+def _constants(tile: Tile, d: int) -> dict[str, Any]:
+    return {
+        "D": d,
+        "BLOCK_D": triton.next_power_of_2(max(d, 2)),  # of a block of one Triton's interpreter drops `other=0`
+        "BLOCK_R": tile.block_m,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _chosen(tile: Tiles, launch: str, x: Tensor) -> Tile:
+    if isinstance(tile, Tile):
+        return tile
+    if tile is not None and launch in tile:
+        return tile[launch]
+    return find(f"{NAME}/{launch}", SPACES[launch], key_of(x), x)
+
+
+def key_of(x: Tensor) -> Key:
+    """What a call's tiles depend on: how inputs are held, and the width of a row."""
+    width = next((width for width in WIDTHS if x.shape[-1] <= width), WIDEST)
+    return Key("16bit" if x.element_size() == 2 else "float32", width, False)
+
+
+def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
+    """The same from a call's tensors."""
+    return key_of(tensors["x"])
+
+
+def _candidates(launch: str, key: Key) -> Sequence[Tile]:
+    """(rows at a time, times, warps), best guess first; only backward programs go on to further rows. Unmeasured."""
+    widest = {
+        (FORWARD, 256): ((8, 2, 4), (4, 2, 4)),
+        (FORWARD, 1024): ((4, 2, 4), (2, 2, 4)),
+        (FORWARD, 4096): ((2, 2, 8),),
+        (BACKWARD, 256): ((8, 4, 4), (4, 8, 4)),
+        (BACKWARD, 1024): ((4, 8, 8), (2, 16, 4)),
+        (BACKWARD, 4096): ((2, 16, 8),),
+    }
+    return tuple(Tile(rows, times, warps, 1) for rows, times, warps in widest[launch, key.width])
+
+
+def _space(launch: str) -> Space:
+    """Nothing here differs between capabilities: no tensor cores, no asynchronous copies."""
+    return Space(
+        {(8, 0): partial(_candidates, launch)}, lambda key: _candidates(launch, key)[-1], (sys.modules[__name__],), lambda: NORM_KEYS
+    )
+
+
+SPACES = {launch: _space(launch) for launch in (FORWARD, BACKWARD)}
