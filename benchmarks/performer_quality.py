@@ -51,6 +51,7 @@ def measure(spreads: Sequence[float], features: Sequence[int], draws: int, token
 
 def picture(errors: Errors, path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, NullLocator
 
     spreads = list(dict.fromkeys(spread for spread, _, _ in errors))
     figure = Figure(figsize=(3.4 * len(spreads), 3.2), layout="constrained")
@@ -61,7 +62,9 @@ def picture(errors: Errors, path: Path) -> None:
             axes.fill_between(list(found), [min(x) for x in found.values()], [max(x) for x in found.values()], color=colour, alpha=0.2)
         axes.set(xscale="log", yscale="log", title=f"queries and keys N(0, {spread:g}²)", xlabel="features", ylabel="relative error")
         axes.set_xticks(list(found), [str(count) for count in found])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(FormatStrFormatter("%.2g"))
         axes.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
