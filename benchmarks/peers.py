@@ -102,7 +102,10 @@ def _flex(rule: Callable[..., Call | None]) -> Call:
             asked = [each for each in rules if each is not None]
             batch = query.shape[0] if key_padding_mask is not None else None
             masks[name] = asked and create_block_mask(_all_of(asked), batch, None, query.shape[2], key.shape[2], device=query.device)
-        return compiled(query, key, value, block_mask=masks[name] or None, enable_gqa=query.shape[1] != key.shape[1])
+        try:
+            return compiled(query, key, value, block_mask=masks[name] or None, enable_gqa=query.shape[1] != key.shape[1])
+        except torch._inductor.exc.InductorError as error:
+            raise NotImplementedError("this rule does not compile here") from error
 
     return call
 
