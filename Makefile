@@ -56,9 +56,9 @@ compile: $(NEW) $(OLD)
 
 # A tile is shipped if it is legal with both: each goes on from the other's choice. If `make compile` still objects, run it again.
 tables: $(NEW) $(OLD)
-	.venv/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
-	.venv-triton36/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
-	.venv/bin/triton-attn compile --target $(SHIPPED) --choose triton_attn/tables --jobs $(JOBS)
+	.venv/bin/triton-attn tune --offline --target $(SHIPPED) --folder triton_attn/tables --jobs $(JOBS)
+	.venv-triton36/bin/triton-attn tune --offline --target $(SHIPPED) --folder triton_attn/tables --jobs $(JOBS)
+	.venv/bin/triton-attn tune --offline --target $(SHIPPED) --folder triton_attn/tables --jobs $(JOBS)
 
 bench: $(PEERS)
 	.venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-only

@@ -7,33 +7,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import triton_attn
 from triton_attn import CATALOG, bench, device, dispatch, tiles, verify
 from triton_attn.mechanism import Case, Code, Kernel, Launch, Mechanism
 from triton_attn.testing import inputs, numerics
+from triton_attn.tuning import command
+from triton_attn.tuning.tune import gpu_clock, precision, shortened
 
 WHERE = torch.device("cuda", 0)
 DTYPES = {"16bit": (torch.float16, torch.bfloat16), "float32": (torch.float32,), "tf32": (torch.float32,)}
-WIDTHS = (16, 32, 64, 80, 96, 128, 256)
-TIMED_WIDTHS = (64, 128, 256)
 JUDGED = (torch.float16, torch.bfloat16, torch.float32)
-TUNED, LONG = torch.bfloat16, 4096
-UNEVEN = {"m": 200, "n": 300}  # no multiple of any tile
-
-
-def cases(row: Mechanism, width: int) -> Iterator[Case]:
-    """The row's own cases at a length of several tiles and one width."""
-    for case in row.cases:
-        longer = {axis: size * 13 if axis in "mn" else size for axis, size in case.sizes.items()}
-        yield replace(case, sizes={**longer, "d": width, "e": width})
+LONGER = {"m": 13, "n": 13, "l": 13}  # times as long as the catalogue's small cases: several tiles
+REPEATS, TUNED = 250, "bfloat16"
+Note = Callable[[dict[str, Any]], None]
 
 
 def launches(row: Mechanism) -> Iterator[tuple[Kernel, Code, Launch]]:
@@ -45,46 +43,37 @@ def launches(row: Mechanism) -> Iterator[tuple[Kernel, Code, Launch]]:
                 yield kernel, code, launch
 
 
-def correctness(note: Callable[[dict[str, Any]], None]) -> None:
-    """Every row, kernel, case, dtype and width with the tiles that calls get, then every tile of the tables on one case."""
+def longer(row: Mechanism, case: Case) -> Case:
+    """A small case of the catalogue at a length of several tiles."""
+    sizes = {axis: size * LONGER.get(axis, 1) for axis, size in case.sizes.items()}
+    return replace(case, sizes=row.fitted(sizes, case.options))
+
+
+def correctness(note: Note) -> None:
+    """Every row, kernel, case and dtype with the tiles that calls get; every candidate tile; and what only a GPU can show."""
     for row in CATALOG.values():
         for kernel in dict.fromkeys(kernel for kernel, _, _ in launches(row)):
-            for width in WIDTHS:
-                for case in cases(row, width):
-                    for dtype in JUDGED:
-                        if not kernel.refuses(*inputs.meta(row, case, dtype)):
-                            _judge(note, row, kernel, case, dtype, None)
+            for case in (*row.cases, *(longer(row, case) for case in row.cases)):
+                for dtype in JUDGED:
+                    if not kernel.refuses(*inputs.meta(row, case, dtype)):
+                        _judge(note, row, kernel, case, dtype, None)
+            for case in row.workloads["cuda"]:
+                if not kernel.refuses(*inputs.meta(row, case, torch.float16)):
+                    _behaves(note, row, kernel, shortened(row, case))
         for kernel, code, launch in launches(row):
-            for key in code.spaces[launch.name].entries():
-                for tile in code.spaces[launch.name].of(device.profile(0).capability, key):
+            space = code.spaces[launch.name]
+            for key in space.entries():
+                for tile in space.of(device.profile(0).capability, key):
                     for probe in row.probes(key.width, key.plain):
-                        causal = {"causal": "bottom_right"} if "causal" in probe.options else {}
-                        case = Case("probe", {**probe.sizes, "b": 1, **UNEVEN}, {**probe.options, **causal})
-                        dtype = DTYPES[key.operands][-1]
+                        dtype, case = DTYPES[key.operands][-1], shortened(row, probe)
                         if not kernel.refuses(*inputs.meta(row, case, dtype)):
-                            with precision(key):
+                            with precision(key.operands):
                                 _judge(note, row, kernel, case, dtype, {launch.name: tile}, tf32=key.operands == "tf32")
+    large(note)
 
 
-class precision:
-    """float32 products as the key says."""
-
-    def __init__(self, key: tiles.Key) -> None:
-        self.wanted = "high" if key.operands == "tf32" else "highest"
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.wanted)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
-
-
-def _judge(
-    note: Callable[[dict[str, Any]], None], row: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype, tile: Any, tf32: bool = False
-) -> bool:
-    said: dict[str, Any] = {"row": row.name, "kernel": kernel.name, "case": case.name, "sizes": dict(case.sizes), "dtype": str(dtype)}
-    said["tile"] = None if tile is None else {name: str(one) for name, one in tile.items()}
+def _judge(note: Note, row: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype, tile: Any, tf32: bool = False) -> None:
+    said = _said(row, kernel, case, dtype) | {"tile": None if tile is None else {name: str(one) for name, one in tile.items()}}
     try:
         comparisons = verify.judge(row, case, verify.kernel_run(row, kernel.load(), tile), dtype=dtype, where=WHERE, tf32=tf32)
         worst = max(comparisons, key=lambda c: c.share)
@@ -92,58 +81,117 @@ def _judge(
     except Exception as error:  # noqa: BLE001  out of resources is a result here, and has no base class of its own
         said |= {"share": None, "fault": f"{type(error).__name__}: {error}"[:300]}
     note(said)
-    return not said["fault"]
 
 
-def tune(note: Callable[[dict[str, Any]], None], seconds: float) -> None:
-    """Time every candidate of the 16-bit keys on a long call; only one that is numerically right may win. Writes the GPU's table."""
-    from triton.testing import do_bench
-
-    start, profile = time.perf_counter(), device.profile(0)
-    path = tiles.SHIPPED / f"{tiles.slug(profile.name)}.json"
-    entries: dict[str, Any] = {}
-    for row in CATALOG.values():
-        for kernel, code, launch in launches(row):
-            full, space = f"{row.name}/{kernel.name}/{launch.name}", code.spaces[launch.name]
-            winners: dict[str, tiles.Tile] = {}
-            for key in (tiles.Key("16bit", width, plain) for width in TIMED_WIDTHS for plain in (True, False)):
-                times: list[tuple[float, tiles.Tile]] = []
-                options = {"causal": "top_left"} if key.plain else {"causal": "top_left", "key_padding_mask": "suffix", "dropout_p": 0.1}
-                sizes = {"b": 2, "h": 16, "g": 16, "m": LONG, "n": LONG, "d": key.width, "e": key.width}
-                large, small = Case("tune", sizes, options), Case("check", {**sizes, "b": 1, "h": 2, "g": 2, **UNEVEN}, options)
-                if kernel.refuses(*inputs.meta(row, large, TUNED)):
-                    continue
-                for tile in space.of(profile.capability, key):
-                    if time.perf_counter() - start > seconds:
-                        break
-                    chosen = {launch.name: tile}
-                    if not _judge(note, row, kernel, small, TUNED, chosen):
-                        continue
-                    call = _launch_call(row, code, launch, large, chosen)
-                    milliseconds = float(do_bench(call, warmup=10, rep=40, return_mode="median"))
-                    note({"tuned": full, "key": str(key), "tile": str(tile), "milliseconds": milliseconds})
-                    times.append((milliseconds, tile))
-                if times:
-                    winners[str(key)] = min(times)[1]
-            if winners:
-                evidence = f"tuned on {profile.name}, triton {device.triton_version()}"
-                entries[full] = {"hash": tiles.source_hash(space.modules), "evidence": evidence, "tiles": winners}
-                tiles.write(path, entries, device.describe())
-    print(f"wrote {path}")
+def _said(row: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"row": row.name, "kernel": kernel.name, "case": case.name, "sizes": dict(case.sizes), "dtype": str(dtype)}
 
 
-def _launch_call(row: Mechanism, code: Code, launch: Launch, case: Case, chosen: dict[str, tiles.Tile]) -> Callable[[], Any]:
-    tensors, options = inputs.draw(row, case, dtype=TUNED, device=WHERE)
-    if not launch.gradients:
-        return lambda: code.forward(**tensors, **options, tile=chosen)
-    outputs = code.forward(**tensors, **options, **{row.more: True})
-    named = dict(zip(row.outputs, outputs, strict=True))
-    grads = [torch.randn_like(outputs[0]), *(None for _ in outputs[1:])]
-    needs = tuple(name in launch.gradients for name in row.differentiable)
-    return lambda: code.backward(*grads, **tensors, **named, **options, needs=needs, tile=chosen)
+def _behaves(note: Note, row: Mechanism, kernel: Kernel, case: Case) -> None:
+    """The same bits again and again, from a CUDA graph, and on another stream."""
+    tensors, options = inputs.draw(row, case, dtype=torch.float16, device=WHERE)
+    options = {**row.defaults, **options}
+    grads: list[Tensor | None] = []
+
+    def call() -> list[Tensor]:
+        code = kernel.load()
+        outputs = code.forward(**tensors, **options, **{row.more: True})
+        if not grads:
+            grads.extend([torch.randn_like(outputs[0]), *(None for _ in outputs[1:])])
+        needs = tuple(tensors[name] is not None for name in row.differentiable)
+        backward = row.kernels[-1].load().backward
+        gradients = backward(*grads, **tensors, **dict(zip(row.outputs, outputs, strict=True)), **options, needs=needs)
+        return [*outputs, *(gradient for gradient, need in zip(gradients, needs, strict=True) if need)]
+
+    for name, again in (("repeats", repeated), ("CUDA graph", captured), ("stream", on_a_stream)):
+        said = _said(row, kernel, case, torch.float16) | {"check": name}
+        try:
+            first = [tensor.clone() for tensor in call()]
+            differing = sum(not _same_bits(first, found) for found in again(call))
+            said |= {"fault": f"{differing} runs gave other bits" if differing else ""}
+        except Exception as error:  # noqa: BLE001  whatever it is, the next check is still to be made
+            said |= {"fault": f"{type(error).__name__}: {error}"[:300]}
+        note(said)
 
 
-def peers(note: Callable[[dict[str, Any]], None]) -> None:
+Again = Callable[[], Sequence[Tensor]]
+
+
+def repeated(call: Again) -> Iterator[Sequence[Tensor]]:
+    """Many runs."""
+    for _ in range(REPEATS):
+        yield call()
+
+
+def captured(call: Again) -> Iterator[Sequence[Tensor]]:
+    """A capture, replayed twice."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    for _ in range(2):
+        for output in outputs:
+            output.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        yield outputs
+
+
+def on_a_stream(call: Again) -> Iterator[Sequence[Tensor]]:
+    """A run on a stream that is not the current one."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    yield outputs
+
+
+def _same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(one, other, strict=True) if a.numel())
+
+
+def large(note: Note, *, heads: int = 70_000, length: int = 1 << 20, far: int = 1 << 23) -> None:
+    """More heads than a grid's second axis has, a million tokens, elements beyond 2^31: each against the same call on a part of it."""
+    make = partial(torch.randn, dtype=torch.float16, device=WHERE)
+
+    def check(name: str, whole: Callable[[], Tensor], part: Callable[[], Tensor]) -> None:
+        try:
+            found, expected = whole(), part()
+            worst = float((found - expected).abs().max())
+            fault = "" if worst <= 2e-3 * float(expected.abs().max()) else f"differs by {worst}"
+        except Exception as error:  # noqa: BLE001  out of memory is one of many
+            worst, fault = float("nan"), f"{type(error).__name__}: {error}"[:300]
+        note({"row": "attention", "check": name, "worst": None if fault else worst, "fault": fault})
+        if WHERE.type == "cuda":
+            torch.cuda.empty_cache()
+
+    q, k, v = (make(1, heads, 16, 16) for _ in range(3))
+    check(f"{heads} heads", lambda: triton_attn.attention(q, k, v)[:, -8:], lambda: triton_attn.attention(q[:, -8:], k[:, -8:], v[:, -8:]))
+    q, k, v = (make(1, 1, length, 64) for _ in range(3))
+    last = slice(length - 512, length)
+    local = partial(triton_attn.local_global_attention, window=256)
+    check(f"{length} tokens", lambda: local(q, k, v)[:, :, -256:], lambda: local(q[:, :, last], k[:, :, last], v[:, :, last])[:, :, -256:])
+    # one row of keys, held once, seen as many: the last query lies beyond 2^31 elements
+    q, k, v = make(1, 1, far, 320)[..., :64], make(1, 1, 128, 64), make(1, 1, 128, 64)
+    check(
+        "beyond 2^31 elements",
+        lambda: triton_attn.attention(q, k, v)[:, :, -64:],
+        lambda: triton_attn.attention(q[:, :, -64:].clone(), k, v),
+    )
+
+
+def tune(note: Note, seconds: float, out: Path) -> None:
+    """`triton-attn tune` for every mechanism; the table is copied to where the package ships it."""
+    before = time.perf_counter()
+    lost = command.run(list(CATALOG.values()), WHERE, out, dtypes=(TUNED,), budget=seconds, clock=gpu_clock)
+    table = out / f"{tiles.slug(device.profile(0).name)}.json"
+    if table.exists():
+        shutil.copy(table, tiles.SHIPPED / table.name)
+        print(f"wrote {tiles.SHIPPED / table.name}")
+    note({"tuned": str(table.name), "seconds": time.perf_counter() - before, "fault": "a key has no tile that is right" if lost else ""})
+
+
+def peers(note: Note) -> None:
     """Every GPU workload beside every peer that runs, forward and forward + backward."""
     from benchmarks.peers import beside
 
@@ -177,7 +225,7 @@ def main() -> int:
     if chosen.step == "correctness":
         correctness(note)
     elif chosen.step == "tune":
-        tune(note, chosen.seconds)
+        tune(note, chosen.seconds, chosen.out)
     else:
         peers(note)
     wrong = sum(bool(row.get("fault")) for row in rows)

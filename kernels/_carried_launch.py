@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor
 from triton_attn import device
 from triton_attn.kernels import _carried, _features, _grid
 from triton_attn.kernels._grid import grid
-from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key, Space, Tile, find
+from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key, Tile, bucket
 
 MODULES = (_carried, _features, _grid)
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "forward", "backward_query", "backward_key"
-Tiles = Tile | Mapping[str, Tile] | None
 LIKE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -128,20 +126,12 @@ def operands(dtype: torch.dtype, *widths: int) -> str:
     return "float32" if exact or max(widths) > WIDEST_TF32 else "tf32"  # tables know no wider tf32
 
 
-def key_of(query: Tensor, value: Tensor, feature_map: str, plain: bool) -> Key:
+def key_of(query: Tensor, value: Tensor, feature_map: str, plain: bool, causal: bool) -> Key:
     """What this call's tiles depend on; its width is that of features or values."""
     q = Operand(query, feature_map)
     width = max(WIDTHS[0], q.halves * q.padded, padded(value.shape[-1]))
-    return Key(operands(query.dtype, width), width, plain)
-
-
-def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, key: Key, query: Tensor) -> Tile:
-    """The tile asked for, or the one that tables have for this call."""
-    if isinstance(tile, Tile):
-        return tile
-    if tile is not None and launch in tile:
-        return tile[launch]
-    return find(f"{name}/{launch}", spaces[launch], key, query)
+    lengths = (bucket(query.shape[2]), bucket(value.shape[2]))
+    return Key(operands(query.dtype, width), width, plain, lengths, causal)
 
 
 def padded(width: int) -> int:

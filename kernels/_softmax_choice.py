@@ -9,14 +9,13 @@ import triton
 from torch import Tensor
 
 from triton_attn import device
+from triton_attn import tiles as tables
 from triton_attn.kernels._softmax_riders import Extras, key_of
 from triton_attn.kernels._softmax_walks import Pattern
-from triton_attn.tiles import Space, Tile, find
+from triton_attn.tiles import Space, Tile, Tiles
 
 FORWARD, SPLIT, BACKWARD_QUERY, BACKWARD_KEY = "forward", "split", "backward_query", "backward_key"
 FEWEST_KEYS = 128  # of a share: with fewer, leaving and merging it costs what it saves
-
-Tiles = Tile | Mapping[str, Tile] | None
 
 
 def forward_tile(
@@ -42,11 +41,7 @@ def _programs(pattern: Pattern, query: Tensor, tile: Tile) -> int:
 
 def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, query: Tensor, value: Tensor, extras: Extras) -> Tile:
     """The tile asked for, or the one that tables have for this call."""
-    if isinstance(tile, Tile):
-        return tile
-    if tile is not None and launch in tile:
-        return tile[launch]
-    return find(f"{name}/{launch}", spaces[launch], key_of(query, value, extras), query)
+    return tables.chosen_tile(tile, launch, spaces, name, key_of(query, value, extras), query)
 
 
 def idle(query: Tensor, programs: int) -> bool:

@@ -15,11 +15,11 @@ from triton_attn import device
 from triton_attn.kernels import _dropout, _softmax, _softmax_backward, _softmax_split, _softmax_walks
 from triton_attn.kernels._grid import grid
 from triton_attn.kernels._softmax_choice import BACKWARD_KEY, BACKWARD_QUERY, chosen_tile, forward_tile
-from triton_attn.kernels._softmax_choice import Tiles as Tiles
 from triton_attn.kernels._softmax_riders import Extras, constants, mask_kind, padded, riders, score_scale
 from triton_attn.kernels._softmax_walks import Pattern, Walk
 from triton_attn.reference._dropout import rescale, threshold
 from triton_attn.tiles import Space, Tile
+from triton_attn.tiles import Tiles as Tiles
 
 MODULES = (_softmax, _softmax_backward, _softmax_split, _softmax_walks, _dropout)
 

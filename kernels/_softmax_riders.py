@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_attn.kernels import _softmax
 from triton_attn.kernels._softmax_walks import Walk
-from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key
+from triton_attn.tiles import WIDEST_TF32, WIDTHS, Key, bucket
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Extras:
     scale: float
     dropout_p: float
     seed: Tensor | None
+    causal: bool = False  # tiles are chosen by it; what is seen, the pattern says
 
     @classmethod
     def of(
@@ -34,9 +35,10 @@ class Extras:
         scale: float | None,
         dropout_p: float,
         seed: Tensor | None,
+        causal: bool | str = False,
     ) -> Extras:
         """With the scale that None stands for."""
-        return cls(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed)
+        return cls(mask, key_padding_mask, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, seed, bool(causal))
 
     @property
     def plain(self) -> bool:
@@ -46,10 +48,15 @@ class Extras:
 def key_of(query: Tensor, value: Tensor, extras: Extras) -> Key:
     """What this call's tiles depend on."""
     width = max(WIDTHS[0], padded(query.shape[-1]), padded(value.shape[-1]))
+    return Key(operands(query, width), width, extras.plain, (bucket(query.shape[2]), bucket(value.shape[2])), extras.causal)
+
+
+def operands(query: Tensor, width: int) -> str:
+    """How a product's operands are held: "16bit", "float32" or "tf32"."""
     if query.element_size() == 2:
-        return Key("16bit", width, extras.plain)
+        return "16bit"
     exact = torch.get_float32_matmul_precision() == "highest" or width > WIDEST_TF32
-    return Key("float32" if exact else "tf32", width, extras.plain)
+    return "float32" if exact else "tf32"
 
 
 def riders(extras: Extras, b: int, h: int, g: int, m: int, n: int) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, ...], ...]]:
@@ -87,7 +94,7 @@ def constants(walk: Walk, query: Tensor, value: Tensor, extras: Extras) -> dict[
         "E": e,
         "BLOCK_D": padded(d),
         "BLOCK_E": padded(e),
-        "PRECISION": "tf32" if key_of(query, value, extras).operands == "tf32" else "ieee",
+        "PRECISION": "tf32" if operands(query, max(padded(d), padded(e))) == "tf32" else "ieee",
     }
 
 

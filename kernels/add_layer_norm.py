@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,13 +12,10 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels._grid import grid
-from triton_attn.tiles import NORM_KEYS, Key, Space, Tile, find
+from triton_attn.kernels._norm_rows import BACKWARD, FORWARD, constants, key_of, spaces
+from triton_attn.tiles import Tiles, chosen_tile
 
-FORWARD, BACKWARD = "forward", "backward"
 NAME = "add_layer_norm/rows"
-WIDTHS = (256, 1024, 4096)
-WIDEST = WIDTHS[-1]
-Tiles = Tile | Mapping[str, Tile] | None
 
 
 @triton.jit
@@ -160,7 +155,7 @@ def add_layer_norm(
     tile: Tiles = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(out, sum): one launch."""
-    chosen = _chosen(tile, FORWARD, x)
+    chosen = chosen_tile(tile, FORWARD, SPACES, NAME, key_of(x), x)
     b, length, d = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty((0 if residual is None else b, length, d), dtype=x.dtype, device=x.device)
@@ -179,7 +174,7 @@ def add_layer_norm(
                 length,
                 alpha,
                 eps,
-                **_constants(chosen, d),
+                **constants(chosen, d),
             )
     return (out, total) if return_sum else out
 
@@ -200,7 +195,7 @@ def add_layer_norm_backward(
     tile: Tiles = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, residual, weight, bias): one launch, and two sums over the programs in a fixed order."""
-    chosen = _chosen(tile, BACKWARD, x)
+    chosen = chosen_tile(tile, BACKWARD, SPACES, NAME, key_of(x), x)
     b, length, d = x.shape
     rows, nothing = b * length, x.new_empty(0)
     if grad_out is None:
@@ -231,7 +226,7 @@ def add_layer_norm_backward(
                 length,
                 alpha,
                 eps,
-                **_constants(chosen, d),
+                **constants(chosen, d),
                 STEPS=chosen.block_n,
             )
     found = (dx, dresidual, _reduced(dweight, weight), _reduced(dbias, bias))
@@ -250,54 +245,4 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _constants(tile: Tile, d: int) -> dict[str, Any]:
-    return {
-        "D": d,
-        "BLOCK_D": triton.next_power_of_2(max(d, 2)),  # of a block of one Triton's interpreter drops `other=0`
-        "BLOCK_R": tile.block_m,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def _chosen(tile: Tiles, launch: str, x: Tensor) -> Tile:
-    if isinstance(tile, Tile):
-        return tile
-    if tile is not None and launch in tile:
-        return tile[launch]
-    return find(f"{NAME}/{launch}", SPACES[launch], key_of(x), x)
-
-
-def key_of(x: Tensor) -> Key:
-    """What a call's tiles depend on: how inputs are held, and the width of a row."""
-    width = next((width for width in WIDTHS if x.shape[-1] <= width), WIDEST)
-    return Key("16bit" if x.element_size() == 2 else "float32", width, False)
-
-
-def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
-    """The same from a call's tensors."""
-    return key_of(tensors["x"])
-
-
-def _candidates(launch: str, key: Key) -> Sequence[Tile]:
-    """(rows at a time, times, warps), best guess first; only backward programs go on to further rows. Unmeasured."""
-    widest = {
-        (FORWARD, 256): ((8, 2, 4), (4, 2, 4)),
-        (FORWARD, 1024): ((4, 2, 4), (2, 2, 4)),
-        (FORWARD, 4096): ((2, 2, 8),),
-        (BACKWARD, 256): ((8, 4, 4), (4, 8, 4)),
-        (BACKWARD, 1024): ((4, 8, 8), (2, 16, 4)),
-        (BACKWARD, 4096): ((2, 16, 8),),
-    }
-    return tuple(Tile(rows, times, warps, 1) for rows, times, warps in widest[launch, key.width])
-
-
-def _space(launch: str) -> Space:
-    """Nothing here differs between capabilities: no tensor cores, no asynchronous copies."""
-    return Space(
-        {(8, 0): partial(_candidates, launch)}, lambda key: _candidates(launch, key)[-1], (sys.modules[__name__],), lambda: NORM_KEYS
-    )
-
-
-SPACES = {launch: _space(launch) for launch in (FORWARD, BACKWARD)}
+SPACES = spaces(sys.modules[__name__])

@@ -41,7 +41,7 @@ def grouped(query: Tensor, key: Tensor, causal: bool | str, extras: Extras) -> t
         if not _stacked(mask):
             return query, causal, extras
         extras = replace(extras, mask=mask.view(b, g, -1, n))
-    return query.view(b, g, h // g * m, d), False, extras
+    return query.view(b, g, h // g * m, d), False, replace(extras, causal=False)
 
 
 def _stacked(tensor: Tensor) -> bool:
@@ -64,7 +64,7 @@ def attention(
     tile: softmax.Tiles = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by pointers and asynchronous copies: sm_80 and up."""
-    rows, causal, extras = grouped(query, key, causal, Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed))
+    rows, causal, extras = grouped(query, key, causal, Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed, causal))
     out, lse = softmax.forward(pattern(rows, key, causal), SPACES, POINTERS, rows, key, value, extras, tile)
     return _ungrouped(out, lse, query, return_lse)
 
@@ -84,7 +84,7 @@ def attention_by_descriptors(
     tile: softmax.Tiles = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by tensor descriptors (bulk copies): sm_90, rows of 16 aligned bytes, no mask and no padding."""
-    rows, causal, extras = grouped(query, key, causal, Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed))
+    rows, causal, extras = grouped(query, key, causal, Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed, causal))
     walk = pattern(rows, key, causal)
     chosen = chosen_tile(tile, FORWARD, DESCRIPTOR_SPACES, DESCRIPTORS, rows, value, extras)
     if chosen.warp_specialize and causal:
@@ -120,20 +120,22 @@ def attention_backward(
     tile: softmax.Tiles = None,
 ) -> tuple[Tensor, ...]:
     """(dQ, dK, dV) from the saved out and lse."""
-    extras = Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed)
+    extras = Extras.of(query, mask, key_padding_mask, scale, dropout_p, seed, causal)
     grads = (grad_out, grad_lse)
     return softmax.backward(pattern(query, key, causal), SPACES, POINTERS, grads, query, key, value, out, lse, extras, needs, tile)
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
     """What the tiles of a call depend on."""
-    extras = Extras.of(tensors["query"], tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None)
+    extras = Extras.of(
+        tensors["query"], tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None, options["causal"]
+    )
     return key_of(tensors["query"], tensors["value"], extras)
 
 
 def splits(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> int:
     """How many programs share the keys of a call."""
     query, key = tensors["query"], tensors["key"]
-    extras = Extras.of(query, tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None)
+    extras = Extras.of(query, tensors["mask"], tensors["key_padding_mask"], options["scale"], options["dropout_p"], None, options["causal"])
     rows, causal, extras = grouped(query, key, options["causal"], extras)
     return forward_tile(pattern(rows, key, causal), None, SPACES, POINTERS, rows, key, tensors["value"], extras).splits

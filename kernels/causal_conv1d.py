@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,11 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels import _convolution, _grid, _scan
-from triton_attn.tiles import Key, Space, Tile, find
+from triton_attn.tiles import Key, Space, Tile, Tiles, bucket, chosen_tile
 
 FORWARD, BACKWARD = "forward", "backward"
 NAME = "causal_conv1d/taps"
 KEYS = tuple(Key(operands, 32, False) for operands in ("16bit", "float32"))
-Tiles = Tile | Mapping[str, Tile] | None
 
 
 def causal_conv1d(
@@ -34,7 +34,7 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(out, final_states): one launch; the last steps are copied beside it."""
     out = torch.empty_like(x)
-    grid, sizes, constants = _launch(_chosen(tile, FORWARD, x), x, weight, x.shape[2])
+    grid, sizes, constants = _launch(chosen_tile(tile, FORWARD, SPACES, NAME, key_of(x), x), x, weight, x.shape[2])
     tensors = (x, weight, bias, initial_states, seq_idx, out)
     strides = map(_strides, tensors, (3, 2, 1, 3, 2, 3))
     if grid[0]:
@@ -63,7 +63,7 @@ def causal_conv1d_backward(
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
     covered = x.shape[2] + (taps - 1 if initial_states is not None else 0)
-    grid, sizes, constants = _launch(_chosen(tile, BACKWARD, x), x, weight, covered)
+    grid, sizes, constants = _launch(chosen_tile(tile, BACKWARD, SPACES, NAME, key_of(x), x), x, weight, covered)
     dx = torch.empty_like(x)
     dinitial = None if initial_states is None else torch.empty_like(initial_states)
     sums = None
@@ -115,17 +115,9 @@ def _launch(tile: Tile, x: Tensor, weight: Tensor, steps: int) -> tuple[tuple[in
     return _grid.grid(batch * blocks_d * blocks_t), (channels, length, blocks_d, blocks_t), constants
 
 
-def _chosen(tile: Tiles, launch: str, x: Tensor) -> Tile:
-    if isinstance(tile, Tile):
-        return tile
-    if tile is not None and launch in tile:
-        return tile[launch]
-    return find(f"{NAME}/{launch}", SPACES[launch], key_of(x), x)
-
-
 def key_of(x: Tensor) -> Key:
-    """What a call's tiles depend on: how inputs are held."""
-    return KEYS[x.element_size() != 2]
+    """What a call's tiles depend on: how inputs are held, how many channels there are in all, and the length."""
+    return replace(KEYS[x.element_size() != 2], lengths=(bucket(x.shape[0] * x.shape[1]), bucket(x.shape[2])))
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:

@@ -18,13 +18,11 @@ from triton_attn.kernels._carried_launch import (
     Call,
     Operand,
     State,
-    Tiles,
-    chosen_tile,
     key_of,
     sums,
     walk,
 )
-from triton_attn.tiles import Key
+from triton_attn.tiles import Key, Tiles, chosen_tile
 
 POINTERS = "linear_attention/pointers"
 SPACES = _carried_tiles.by_pointers(sys.modules[__name__])
@@ -148,7 +146,8 @@ def linear_attention_backward(
 def _call(
     launch: str, tile: Tiles, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, feature_map: str, causal: bool
 ) -> Call:
-    chosen = chosen_tile(tile, launch, SPACES, POINTERS, key_of(query, value, feature_map, key_padding_mask is None), query)
+    depends = key_of(query, value, feature_map, key_padding_mask is None, causal)
+    chosen = chosen_tile(tile, launch, SPACES, POINTERS, depends, query)
     padding = None if key_padding_mask is None or key_padding_mask.numel() == 0 else key_padding_mask.view(torch.uint8)
     return Call(query.shape[1], padding, chosen, query.dtype, causal)
 
@@ -162,4 +161,5 @@ def _summed(x: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
     """What the tiles of a call depend on."""
-    return key_of(tensors["query"], tensors["value"], options.get("feature_map", "elu"), tensors["key_padding_mask"] is None)
+    plain, causal = tensors["key_padding_mask"] is None, bool(options.get("causal"))
+    return key_of(tensors["query"], tensors["value"], options.get("feature_map", "elu"), plain, causal)

@@ -137,7 +137,7 @@ def local_global_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by pointers and asynchronous copies: sm_80 and up."""
     walk = pattern(query, global_key, global_value, window, global_tokens, causal)
-    extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed)
+    extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed, causal)
     out, lse = softmax.forward(walk, SPACES, POINTERS, query, key, value, extras, tile)
     return (out, lse) if return_lse else out
 
@@ -165,11 +165,13 @@ def local_global_attention_backward(
 ) -> tuple[Tensor, ...]:
     """(dQ, dK, dV, and of the summaries dK and dV) from the saved out and lse."""
     walk = pattern(query, global_key, global_value, window, global_tokens, causal)
-    extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed)
+    extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed, causal)
     return softmax.backward(walk, SPACES, POINTERS, (grad_out, grad_lse), query, key, value, out, lse, extras, needs, tile)
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
     """What the tiles of a call depend on."""
-    extras = Extras.of(tensors["query"], None, tensors["key_padding_mask"], options.get("scale"), options.get("dropout_p", 0.0), None)
+    extras = Extras.of(
+        tensors["query"], None, tensors["key_padding_mask"], options.get("scale"), options.get("dropout_p", 0.0), None, options["causal"]
+    )
     return key_of(tensors["query"], tensors["value"], extras)

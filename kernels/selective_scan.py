@@ -13,12 +13,11 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels import _scan, _scan_backward
-from triton_attn.tiles import STATE_KEYS, Key, Space, Tile, find
+from triton_attn.tiles import STATE_KEYS, Key, Space, Tile, Tiles, bucket, chosen_tile
 
 FORWARD, BACKWARD = "forward", "backward"
 NAME = "selective_scan/registers"
 WIDTHS = (16, 64, 256)
-Tiles = Tile | Mapping[str, Tile] | None
 
 
 def selective_scan(
@@ -39,7 +38,7 @@ def selective_scan(
     tile: Tiles = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(out, last_state): one launch."""
-    chosen = _chosen(tile, FORWARD, u, A)
+    chosen = chosen_tile(tile, FORWARD, SPACES, NAME, key_of(u, A), u)
     b, d, length = u.shape
     out = torch.empty_like(u)
     last = torch.empty((_sequences(u, cu_seqlens), *A.shape), dtype=torch.float32, device=u.device)
@@ -97,7 +96,7 @@ def selective_scan_backward(
     tile: Tiles = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state): the states that chunks start from, then chunks in reverse."""
-    chosen = _chosen(tile, BACKWARD, u, A)
+    chosen = chosen_tile(tile, BACKWARD, SPACES, NAME, key_of(u, A), u)
     b, d, length = u.shape
     groups, n = B.shape[1], A.shape[1]
     count, nothing = _sequences(u, cu_seqlens), u.new_empty(0)
@@ -221,18 +220,11 @@ def _grid(tile: Tile, u: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> tuple[
     return (programs,), sizes, constants
 
 
-def _chosen(tile: Tiles, launch: str, u: Tensor, A: Tensor) -> Tile:
-    if isinstance(tile, Tile):
-        return tile
-    if tile is not None and launch in tile:
-        return tile[launch]
-    return find(f"{NAME}/{launch}", SPACES[launch], key_of(u, A), u)
-
-
 def key_of(u: Tensor, A: Tensor) -> Key:
-    """What a call's tiles depend on: how inputs are held, and the width of the state."""
+    """What a call's tiles depend on: how inputs are held, the width of the state, how many channels there are in all, and the length."""
     width = next(width for width in WIDTHS if A.shape[1] <= width)
-    return Key("16bit" if u.element_size() == 2 else "float32", width, False)
+    lengths = (bucket(u.shape[0] * u.shape[1]), bucket(u.shape[2]))
+    return Key("16bit" if u.element_size() == 2 else "float32", width, False, lengths)
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:

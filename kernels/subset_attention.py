@@ -103,7 +103,7 @@ def subset_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Forward by pointers and asynchronous copies: sm_80 and up."""
     walk, passed = pattern(query, key, value, indices, include_self, key_padding_mask, causal)
-    extras = Extras.of(query, None, passed, scale, dropout_p, seed)
+    extras = Extras.of(query, None, passed, scale, dropout_p, seed, causal)
     out, lse = softmax.forward(walk, SPACES, POINTERS, query, key, value, extras, tile)
     return (out, lse) if return_lse else out
 
@@ -129,12 +129,12 @@ def subset_attention_backward(
 ) -> tuple[Tensor, ...]:
     """(dQ, dK, dV) from the saved out and lse; keys that no query sees get zeros."""
     walk, passed = pattern(query, key, value, indices, include_self, key_padding_mask, causal)
-    extras = Extras.of(query, None, passed, scale, dropout_p, seed)
+    extras = Extras.of(query, None, passed, scale, dropout_p, seed, causal)
     return softmax.backward(walk, SPACES, POINTERS, (grad_out, grad_lse), query, key, value, out, lse, extras, needs, tile)
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:
     """What the tiles of a call depend on: with each query's own key there is always padding to look at."""
     riding = tensors["key_padding_mask"] if not options.get("include_self", True) else tensors["indices"]
-    extras = Extras.of(tensors["query"], None, riding, options.get("scale"), options.get("dropout_p", 0.0), None)
+    extras = Extras.of(tensors["query"], None, riding, options.get("scale"), options.get("dropout_p", 0.0), None, options["causal"])
     return key_of(tensors["query"], tensors["value"], extras)

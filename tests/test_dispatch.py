@@ -90,6 +90,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         made = {launch: {"hash": known, "evidence": "offline", "tiles": chosen} for launch, known in hashes.items()}
         tiles.write(tmp_path / f"{stem}.json", made, {})
     monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    monkeypatch.setattr(tiles.Space, "of", lambda self, capability, key: tuple(Tile(64, block_n, 4, 2) for block_n in (32, 128)))
     monkeypatch.setattr(device, "USER_TABLE", "")
     yield
     tiles._look_up.cache_clear()

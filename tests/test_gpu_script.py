@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -16,7 +17,10 @@ import triton.testing
 
 from benchmarks import on_gpu
 from triton_attn import CATALOG, device, dispatch, tiles
-from triton_attn.mechanism import Case
+from triton_attn.mechanism import Case, Mechanism
+from triton_attn.testing import inputs
+from triton_attn.tuning.ledger import read_trials
+from triton_attn.tuning.tune import shortened
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,18 +30,19 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
     """One small row and key, tables in a folder of their own; what the steps note."""
     row = CATALOG["attention"]
     small = Case("causal", {**row.cases[0].sizes, "m": 3, "n": 3}, {"causal": True})
-    tile = tiles.Tile(16, 16, 4, 1)
-    monkeypatch.setattr(on_gpu, "WHERE", torch.device("cpu"))
-    monkeypatch.setattr(on_gpu, "WIDTHS", (16,))
-    monkeypatch.setattr(on_gpu, "TIMED_WIDTHS", (32,))
-    monkeypatch.setattr(on_gpu, "LONG", 2)
-    monkeypatch.setattr(on_gpu, "UNEVEN", {"m": 20, "n": 20})
     keys = tuple(tiles.Key(operands, 32, plain) for operands in ("16bit", "tf32") for plain in (True, False))
+    monkeypatch.setattr(on_gpu, "WHERE", torch.device("cpu"))
+    monkeypatch.setattr(on_gpu, "LONGER", {"m": 6, "n": 6})
+    monkeypatch.setattr(on_gpu, "REPEATS", 2)
+    monkeypatch.setattr(on_gpu, "TUNED", "float16")  # the interpreter computes bfloat16 wrongly
+    monkeypatch.setattr(on_gpu, "captured", lambda call: [call()])
+    monkeypatch.setattr(on_gpu, "on_a_stream", lambda call: [call()])
+    monkeypatch.setattr(on_gpu, "large", functools.partial(on_gpu.large, heads=3, length=600, far=100))
     monkeypatch.setattr(tiles, "every_key", lambda: iter(keys))
-    monkeypatch.setattr(on_gpu, "TUNED", torch.float16)
-    monkeypatch.setattr(on_gpu, "CATALOG", {"attention": replace(row, cases=(small,), probes=lambda width, plain: (small,))})
-    monkeypatch.setattr(device, "profile", lambda index: device.Profile("NVIDIA H200", (9, 0)))
-    monkeypatch.setattr(tiles.Space, "of", lambda self, capability, key: (tile,))
+    only = replace(row, cases=(small,), probes=lambda width, plain: (small,), workloads={"cuda": (small,)})
+    monkeypatch.setattr(on_gpu, "CATALOG", {"attention": only})
+    monkeypatch.setattr(device, "profile", lambda index: device.Profile("NVIDIA H200", (9, 0), multiprocessors=1))
+    monkeypatch.setattr(tiles.Space, "of", lambda self, capability, key: (tiles.Tile(16, 16, 4, 1),))
     monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
     monkeypatch.setattr(on_gpu, "DTYPES", dict.fromkeys(tiles.OPERANDS, (torch.float32,)))
     monkeypatch.setattr(on_gpu, "JUDGED", (torch.float16, torch.float32))
@@ -46,28 +51,51 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
 
 def test_correctness_judges_every_kernel_launch_and_key(rows: list[dict[str, Any]]) -> None:
     on_gpu.correctness(rows.append)
-    assert {row["kernel"] for row in rows} == {"descriptors", "pointers"}
-    assert {launch for row in rows if row["tile"] for launch in row["tile"]} == {"forward", "split", "backward_query", "backward_key"}
+    assert {row["kernel"] for row in rows if "kernel" in row} == {"descriptors", "pointers"}
+    assert {launch for row in rows if row.get("tile") for launch in row["tile"]} == {"forward", "split", "backward_query", "backward_key"}
     assert not [row["fault"] for row in rows if row["fault"]]
+    checks = [row["check"] for row in rows if "check" in row]
+    assert checks == ["repeats", "CUDA graph", "stream"] * 2 + ["3 heads", "600 tokens", "beyond 2^31 elements"]
+
+
+def test_runs_that_differ_are_wrong(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(call: on_gpu.Again) -> list[Any]:
+        return [call(), [tensor + 1 for tensor in call()]]
+
+    monkeypatch.setattr(on_gpu, "repeated", other)
+    row = CATALOG["attention"]
+    on_gpu._behaves(rows.append, row, row.kernels[-1], row.cases[0])
+    assert [row["fault"] for row in rows] == ["1 runs gave other bits", "", ""]
 
 
 def test_tuning_writes_a_table_that_calls_would_use(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **options: (call(), 1.0)[1])
-    on_gpu.tune(rows.append, seconds=1e9)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **options: (call(), (0.9, 1.0, 1.1))[1])
+    on_gpu.tune(rows.append, 1e9, tmp_path / "out")
     table = tiles.read(tmp_path / "nvidia_h200.json")
     assert {launch.rpartition("/")[2] for launch in table} == {"forward", "split", "backward_query", "backward_key"}
     row = CATALOG["attention"]
     space = row.kernels[-1].load().spaces["forward"]
-    found = tiles.look_up("attention/pointers/forward", space, tiles.Key("16bit", 32), device.profile(0))
+    key = tiles.Key("16bit", 32, lengths=(16, 16), causal=True)
+    found = tiles.look_up("attention/pointers/forward", space, key, device.profile(0))
     assert found.tile == tiles.Tile(16, 16, 4, 1)
     assert "tuned on NVIDIA H200" in found.source
     assert not found.stale
+    assert len(read_trials(tmp_path / "out" / "nvidia_h200.trials.jsonl")) == 5
 
 
-def test_tuning_never_times_a_tile_that_is_wrong(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(on_gpu, "_judge", lambda *args, **options: False)
-    on_gpu.tune(rows.append, seconds=1e9)
-    assert not list(tmp_path.iterdir())
+def test_correctness_can_draw_and_launch_every_mechanism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case, lengthened or shortened, is one that the row can draw."""
+    for row in CATALOG.values():
+        probes = [probe for space in _spaces(row) for key in space.entries() for probe in row.probes(key.width, key.plain)]
+        cases = [*map(functools.partial(on_gpu.longer, row), row.cases), *(shortened(row, case) for case in row.workloads["cuda"])]
+        for case in (*cases, *(shortened(row, probe) for probe in probes)):
+            tensors, options = inputs.meta(row, case, torch.float16)
+            assert all(size > 0 for tensor in tensors.values() if tensor is not None for size in tensor.shape), (row.name, case)
+            assert not set(options) - set(row.options)
+
+
+def _spaces(row: Mechanism) -> list[tiles.Space]:
+    return [space for kernel in row.kernels for space in kernel.load().spaces.values()]
 
 
 def test_the_shell_script_says_what_is_missing(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from triton_attn.functional.selective_state_update import selective_state_update
 from triton_attn.functional.sparse_attention import sparse_attention
 from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
+from triton_attn.tuning.autotune import autotune, broadcast_tables
 
 __all__ = [
     "CATALOG",
@@ -27,6 +28,8 @@ __all__ = [
     "Unsupported",
     "add_layer_norm",
     "attention",
+    "autotune",
+    "broadcast_tables",
     "causal_conv1d",
     "causal_conv1d_fn",
     "causal_conv1d_update",

@@ -1,4 +1,4 @@
-"""The command line: triton-attn {list,explain,verify,teeth,compile,bench,report,vit}.
+"""The command line: triton-attn {list,explain,verify,teeth,compile,tune,bench,report,vit}.
 
 Exit codes: 0 right, 1 something is wrong, 2 a bad argument. With --json, standard output holds one JSON object per line and nothing else.
 """
@@ -17,27 +17,34 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 
 from triton_attn import CATALOG, __version__, device
-from triton_attn.mechanism import Mechanism
 
 try:
     import typer
 except ModuleNotFoundError:
     raise SystemExit("triton-attn: the command line needs more packages: pip install 'triton-attn[cli]'") from None
 
+from triton_attn.command_line import (
+    DTYPES,
+    BadArgument,
+    Device,
+    Json,
+    Names,
+    Seconds,
+    Targets,
+    duration,
+    exit_code,
+    known,
+    targets_of,
+    where_of,
+)
+from triton_attn.tuning import command as tuning
 from triton_attn.vit import commands as vit
 
 if TYPE_CHECKING:
-    from triton_attn.report.parts import Log
+    pass
 
 BAD_ARGUMENT, INTERRUPTED = 2, 130
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-
-Names = Annotated[list[str] | None, typer.Argument(metavar="[MECHANISM]", help="Names from `triton-attn list`; none: all of them.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one.")]
-Seconds = Annotated[float, typer.Option(help="Stop after about so long; every mechanism gets its share of it.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line and nothing else.")]
-Targets = Annotated[str, typer.Option("--target", help="GPUs by capability, like sm_80,sm_90.")]
 
 app = typer.Typer(
     help="Fast attention: which mechanisms there are, whether their kernels are right, what they use of a GPU, how fast they are.",
@@ -45,10 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(vit.app, name="vit")
-
-
-class BadArgument(Exception):
-    """What was given and what is allowed, in one line."""
+app.command("tune")(tuning.tune)
 
 
 def _print_version(asked: bool) -> None:
@@ -92,7 +96,7 @@ def explain(
     size: Annotated[
         list[str] | None, typer.Option(help="Size of an axis, like n=4096; may be repeated. Others: the first workload's.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(_DTYPES)}; by default bfloat16 on GPUs, float32 on a CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; by default bfloat16 on GPUs, float32 on a CPU.")] = None,
     device_name: Device = None,
     target: Targets = "",
     as_json: Json = False,
@@ -100,15 +104,15 @@ def explain(
     """What a call would run, with which tiles, and why not something else. Nothing is run."""
     from triton_attn.report import calls, rows, tables, terminal
 
-    mechanisms, where, targets = _known(names), _where(device_name), _targets(target) if target else []
-    if dtype not in (None, *_DTYPES):
-        raise BadArgument(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
+    mechanisms, where, targets = known(names), where_of(device_name), targets_of(target) if target else []
+    if dtype not in (None, *DTYPES):
+        raise BadArgument(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
 
     def explained() -> Iterator[calls.Call]:
         for row in mechanisms:
             for architecture in ("", *targets):
                 kind = "cuda" if architecture else where.type
-                wanted = _DTYPES[dtype] if dtype else torch.bfloat16 if kind == "cuda" else torch.float32
+                wanted = DTYPES[dtype] if dtype else torch.bfloat16 if kind == "cuda" else torch.float32
                 try:
                     case = calls.sized(row.name, row.workloads[kind][0], size or [])
                     yield calls.on_target(row, case, wanted, architecture) if architecture else calls.here(row, case, wanted, where)
@@ -126,7 +130,7 @@ def explain(
 @app.command()
 def verify(names: Names = None, device_name: Device = None, seconds: Seconds = math.inf, as_json: Json = False) -> int:
     """Run every case against the definition in float64: kernels compiled on a GPU, interpreted without."""
-    mechanisms, where, seconds = _known(names), _where(device_name), _duration(seconds)
+    mechanisms, where, seconds = known(names), where_of(device_name), duration(seconds)
     if where.type == "cuda" and device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set and device is cuda; unset it, or give --device cpu")
     if where.type == "cpu" and device.triton_version() and not device.interpreting():
@@ -145,7 +149,7 @@ def verify(names: Names = None, device_name: Device = None, seconds: Seconds = m
         terminal.show(tables.checks(found))
         worst = f", the worst at {tables.percent(max(row.share for row in found))} of its bound" if found else ""
         terminal.conclude(len(found), f"checks{worst}", faults)
-    return _exit_code(log, faults)
+    return exit_code(log, faults)
 
 
 @app.command()
@@ -156,7 +160,7 @@ def teeth(
     as_json: Json = False,
 ) -> int:
     """Plant faults in kernels, one after the other, and count which of them the row's cases catch. Runs in the interpreter."""
-    mechanisms = _known(names)
+    mechanisms = known(names)
     if not device.triton_version():
         raise BadArgument("triton is not installed: there is nothing to plant a fault in")
     if not device.interpreting():
@@ -175,7 +179,7 @@ def teeth(
     if not as_json:
         terminal.show(tables.teeth(found))
         terminal.conclude(len(found), "faults planted", faults)
-    return _exit_code(log, faults)
+    return exit_code(log, faults)
 
 
 @app.command("compile")
@@ -184,21 +188,16 @@ def compile_kernels(
     target: Targets = "sm_80,sm_90",
     every_key: Annotated[bool, typer.Option("--tables", help="Every entry of the tile tables, not only a few.")] = False,
     every_tile: Annotated[bool, typer.Option("--every", help="Every candidate tile.")] = False,
-    choose: Annotated[
-        Path | None, typer.Option(help="Write a tile table per target into this folder, going on from the one that is there.")
-    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="How many processes compile.")] = 1,
     seconds: Seconds = math.inf,
     as_json: Json = False,
 ) -> int:
     """Compile kernels for GPUs that need not be here: registers, spills, shared memory, instructions, blocks per multiprocessor."""
-    mechanisms, targets, seconds = _known(names), _targets(target), _duration(seconds)
+    mechanisms, targets, seconds = known(names), targets_of(target), duration(seconds)
     if not device.triton_version():
         raise BadArgument("triton is not installed: nothing can be compiled")
     if device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
-    if choose is not None:
-        return _choose(mechanisms, targets, choose, jobs)
     from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
@@ -210,28 +209,13 @@ def compile_kernels(
     if not as_json:
         terminal.show(tables.kernels(found))
         terminal.conclude(len(found), "kernels compiled", faults)
-    return _exit_code(log, faults)
-
-
-def _choose(mechanisms: Sequence[Mechanism], targets: Sequence[str], folder: Path, jobs: int) -> int:
-    from triton_attn import offline, tiles
-    from triton_attn.report import terminal
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for target in targets:
-        path = folder / f"{target}.json"
-        before = tiles.read(path) if path.exists() else {}
-        with terminal.progress(None, json=False) as (tick, _):
-            chosen = offline.choose_tiles(mechanisms, target, start=before, jobs=jobs, tick=tick)
-        tiles.write(path, {**before, **chosen}, {"by": "triton-attn compile --choose"})
-        terminal.say(str(path))
-    return 0
+    return exit_code(log, faults)
 
 
 @app.command()
 def bench(names: Names = None, device_name: Device = None, seconds: Seconds = math.inf, as_json: Json = False) -> int:
     """Time every workload beside its peers, in turns."""
-    mechanisms, where, seconds = _known(names), _where(device_name), _duration(seconds)
+    mechanisms, where, seconds = known(names), where_of(device_name), duration(seconds)
     from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
@@ -240,7 +224,7 @@ def bench(names: Names = None, device_name: Device = None, seconds: Seconds = ma
         found = rows.collect(results, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
     if not as_json:
         terminal.show(tables.timings(found))
-    return _exit_code(log, [])
+    return exit_code(log, [])
 
 
 @app.command()
@@ -253,8 +237,8 @@ def report(
     as_json: Json = False,
 ) -> int:
     """Check, compile, time and explain everything, and write a page about it."""
-    mechanisms, where, targets = _known(names), _where(device_name), _targets(target)
-    _duration(seconds_per_mechanism, "seconds-per-mechanism")
+    mechanisms, where, targets = known(names), where_of(device_name), targets_of(target)
+    duration(seconds_per_mechanism, "seconds-per-mechanism")
     from triton_attn.report import gather, markdown, tables, terminal
 
     # what cannot be written had better be known before minutes have gone by
@@ -302,44 +286,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         sys.exit(INTERRUPTED)
-
-
-def _known(names: Sequence[str] | None) -> list[Mechanism]:
-    for name in names or ():
-        if name not in CATALOG:
-            raise BadArgument(f"mechanism is {name!r}; allowed: {', '.join(CATALOG)}")
-    return [CATALOG[name] for name in dict.fromkeys(names or CATALOG)]
-
-
-def _where(name: str | None) -> torch.device:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return torch.device("cuda" if gpus else "cpu")
-    allowed = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
-    if name not in allowed:
-        raise BadArgument(f"device is {name!r}; allowed on this machine: {', '.join(allowed)}")
-    return torch.device(name)
-
-
-def _targets(text: str) -> list[str]:
-    targets = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for target in targets:
-        try:
-            device.capability(target)
-        except ValueError as error:
-            raise BadArgument(str(error)) from error
-    return targets
-
-
-def _duration(seconds: float, option: str = "seconds") -> float:
-    if not seconds >= 0:
-        raise BadArgument(f"{option} is {seconds}; allowed: 0 and more")
-    return seconds
-
-
-def _exit_code(log: Log, faults: Sequence[str]) -> int:
-    from triton_attn.report.terminal import FAILED, complain
-
-    for text in (*log.left_out, *(FAILED + line for line in log.failed)):
-        complain(text)
-    return int(bool(faults or log.failed))

@@ -146,8 +146,19 @@ def guard(tensor: torch.Tensor) -> Iterator[None]:
 
 
 def user_tables() -> Path | None:
-    """Where the user's own tuned tables lie: TRITON_ATTN_TILES, or nowhere."""
-    return Path(USER_TABLE) if USER_TABLE else None
+    """Where the user's own tuned tables lie: TRITON_ATTN_TILES, or the user's data folder; nowhere without platformdirs."""
+    if USER_TABLE:
+        return Path(USER_TABLE)
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        return None
+    return platformdirs.user_data_path("triton_attn", appauthor=False) / "tables"
+
+
+def cache_size(where: torch.device) -> int:
+    """Bytes of a GPU's second-level cache; 0 of anything else."""
+    return torch.cuda.get_device_properties(where).L2_cache_size if where.type == "cuda" else 0
 
 
 @functools.cache

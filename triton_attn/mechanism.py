@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, Literal
 
 Sizes = Mapping[str, int]
@@ -156,6 +157,12 @@ class Mechanism:
     @property
     def differentiable(self) -> tuple[str, ...]:
         return tuple(name for name, given in self.inputs.items() if given.differentiable)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What options are where a call leaves them out."""
+        parameters = signature(self.reference).parameters
+        return {name: parameters[name].default for name in self.options if parameters[name].default is not Parameter.empty}
 
     @property
     def call(self) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -76,6 +76,25 @@ def compiling_for(capability: tuple[int, int]) -> Iterator[list[Any]]:
     finally:
         JITFunction.run = launch
         driver.set_active(active)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Any]]:
+    """Inside, launches run as ever; yields the list of the kernels compiled for them. The interpreter compiles none."""
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Any] = []
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        compiled.append(launch(self, *args, **options))
+        return compiled[-1]
+
+    JITFunction.run = run
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
 
 
 def usage(kernel: Any) -> Usage:
@@ -151,14 +170,14 @@ def compile_rows(
     candidate tiles. Past `seconds` the rest waits; `jobs` processes share the work."""
     tasks = []
     for row, target in product(rows, targets):
-        for kernel, launch, space in _launches(row, device.capability(target)):
+        for kernel, launch, space in launches_of(row, device.capability(target)):
             for key in space.entries() if tables or every else representative(space):
                 full = f"{row.name}/{kernel.name}/{launch.name}"
                 nominal = device.Profile(target, device.capability(target))
                 candidates = space.of(nominal.capability, key) if every else (tiles.look_up(full, space, key, nominal).tile,)
                 tasks += [(row.name, kernel.name, launch.name, key, (tile,), target) for tile in candidates]
     start = time.perf_counter()
-    for task, result in _shared_out(tasks, jobs):
+    for task, result in shared_out(tasks, jobs):
         tick(f"{task[0]}/{task[1]}/{task[2]} {task[-1]} {task[3]}")
         if result is not None:
             yield result
@@ -166,43 +185,10 @@ def compile_rows(
             return
 
 
-def choose_tiles(
-    rows: Sequence[Mechanism],
-    target: str,
-    *,
-    start: Mapping[str, Any] | None = None,
-    jobs: int = 1,
-    tick: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[str, Any]]:
-    """A table for a target without a GPU: per launch and key the first candidate that compiles, fits and does not spill.
-
-    Candidates before those of the table `start` are passed over: that table was chosen with another compiler, and a shipped tile
-    has to be legal with both.
-    """
-    tasks, spaces = [], {}
-    for row in rows:
-        for kernel, launch, space in _launches(row, device.capability(target)):
-            spaces[f"{row.name}/{kernel.name}/{launch.name}"] = space
-            for key in space.entries():
-                candidates = tuple(space.of(device.capability(target), key))
-                begun = (start or {}).get(f"{row.name}/{kernel.name}/{launch.name}", {"tiles": {}})["tiles"].get(str(key))
-                candidates = candidates[candidates.index(begun) if begun in candidates else 0 :]
-                tasks.append((row.name, kernel.name, launch.name, key, candidates, target))
-    table: dict[str, dict[str, Any]] = {}
-    for task, result in _shared_out(tasks, jobs):
-        full = "/".join(task[:3])
-        tick(f"{full} {target} {task[3]}: {'refused' if result is None else result.fault or result.tile}")
-        if result is not None and not result.fault:
-            evidence = "offline"
-            entry = table.setdefault(full, {"hash": tiles.source_hash(spaces[full].modules), "evidence": evidence, "tiles": {}})
-            entry["tiles"][result.key] = tiles.Tile.parse(result.tile)
-    return table
-
-
 Task = tuple[str, str, str, tiles.Key, tuple[tiles.Tile, ...], str]  # row, kernel, launch, key, candidates, target
 
 
-def _shared_out(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | None]]:
+def shared_out(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | None]]:
     """Run tasks in order, in this process or in several."""
     if jobs == 1:
         yield from ((task, first_legal(task)) for task in tasks)
@@ -233,7 +219,7 @@ def first_legal(task: Task) -> Compiled | None:
     return result
 
 
-def _launches(row: Mechanism, capability: tuple[int, int]) -> Iterator[tuple[Kernel, Launch, tiles.Space]]:
+def launches_of(row: Mechanism, capability: tuple[int, int]) -> Iterator[tuple[Kernel, Launch, tiles.Space]]:
     for kernel in row.kernels:
         if capability in kernel.capabilities:
             spaces = kernel.load().spaces

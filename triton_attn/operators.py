@@ -20,6 +20,8 @@ from triton_attn.mechanism import Mechanism, Options, Tensors
 NAMESPACE = "triton_attn"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _OPERATORS: dict[str, Operator] = {}
+# `triton_attn.autotune` sets it while it is on. No thread-local: autograd has threads of its own
+before_kernel: Callable[[Mechanism, Tensors, Options], None] | None = None
 
 
 def define(rows: Sequence[Mechanism]) -> None:
@@ -113,6 +115,8 @@ class Operator:
         tensors, options = self._named(args)
         kernel = dispatch.pick(self.row, tensors, options)
         with device.guard(args[0]):
+            if before_kernel is not None:
+                before_kernel(self.row, tensors, options)
             return kernel.load().forward(**tensors, **options, **{self.row.more: True})  # type: ignore[no-any-return]
 
     def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:

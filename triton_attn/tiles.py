@@ -1,7 +1,8 @@
 """Tiles: what a kernel may be launched with, and which tile a call gets. Nothing is timed here.
 
 A call takes its tile from the first of: explicit argument, user table, table of this very device, table of its capability,
-the kernel's `first`. Tables are JSON, hold winners only, and are checked when read: a damaged one raises `TableError`.
+the kernel's `first`. Tables are JSON, hold winners only, and are checked when read: a damaged one raises `TableError`, and a call
+goes on to the next table with a warning.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -67,22 +70,52 @@ INTERPRETED = Tile(16, 16, 4, 1)
 
 @dataclass(frozen=True)
 class Key:
-    """What a tile depends on: how operands are held, the padded width, and whether a mask, padding or dropout rides along."""
+    """What a tile depends on: how operands are held, the padded width, whether a mask, padding or dropout rides along, the buckets of
+    the call's lengths (none: of any length), and whether it is causal."""
 
     operands: str  # "16bit", "float32" or "tf32"
     width: int
     plain: bool = True
+    lengths: tuple[int, ...] = ()
+    causal: bool = False  # tables without lengths serve both
 
     def __str__(self) -> str:
-        return f"{self.operands} d{self.width}{'' if self.plain else ' masked'}"
+        lengths = f" {'x'.join(map(str, self.lengths))}" if self.lengths else ""
+        return f"{self.operands} d{self.width}{lengths}{' causal' if self.causal else ''}{'' if self.plain else ' masked'}"
+
+    @property
+    def anywhere(self) -> Key:
+        """The same for calls of any length, causal or not."""
+        return Key(self.operands, self.width, self.plain)
+
+    def far_from(self, other: Key) -> float:
+        """By how many octaves the lengths differ; infinite where another key's tile is no guess for this one."""
+        if self.anywhere != other.anywhere or self.causal != other.causal or len(self.lengths) != len(other.lengths):
+            return math.inf
+        octaves = [abs(math.log2(a / b)) for a, b in zip(self.lengths, other.lengths, strict=True)]
+        return sum(octaves) if max(octaves, default=math.inf) <= FARTHEST else math.inf
 
     @classmethod
     def parse(cls, text: str) -> Key:
         """The inverse of str; ValueError on anything else."""
-        for known in (*every_key(), *STATE_KEYS, *NORM_KEYS):
-            if text == str(known):
-                return known
-        raise ValueError(f"key is {text!r}; allowed: like '16bit d64' or '16bit d64 masked'")
+        found = re.fullmatch(r"(\w+ d\d+)( \d+(?:x\d+)*)?( causal)?( masked)?", text, re.ASCII)
+        if found is not None:
+            base, lengths = found[1] + (found[4] or ""), tuple(map(int, found[2].split("x"))) if found[2] else ()
+            known = next((key for key in (*every_key(), *STATE_KEYS, *NORM_KEYS) if str(key) == base), None)
+            if known is not None and all(bucket(length) == length for length in lengths) and (lengths or not found[3]):
+                key = replace(known, lengths=lengths, causal=bool(found[3]))
+                if str(key) == text:
+                    return key
+        raise ValueError(f"key is {text!r}; allowed: like '16bit d64', '16bit d64 masked' or '16bit d64 4096x4096 causal'")
+
+
+FARTHEST = 2.0  # octaves: beyond, a tile tuned for another length is no better a guess than one for any
+LEAST_BUCKET, LARGEST_BUCKET = 16, 1 << 24
+
+
+def bucket(length: int) -> int:
+    """The power of two that stands for a length, so that lengths of one octave share a tile."""
+    return min(max(LEAST_BUCKET, 1 << (length - 1).bit_length() if length > 1 else 1), LARGEST_BUCKET)
 
 
 OPERANDS = ("16bit", "float32", "tf32")
@@ -107,7 +140,7 @@ STATE_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float3
 NORM_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (256, 1024, 4096))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Space:
     """The tiles of one launch: per capability those worth trying, best guess first, and one that fits every supported GPU."""
 
@@ -188,38 +221,59 @@ class Found:
     stale: bool = False
 
 
-def find(launch: str, space: Space, key: Key, tensor: Any) -> Tile:
-    """The tile for a launch ("attention/pointers/forward") on a tensor's device."""
+Tiles = Tile | Mapping[str, Tile] | None
+
+
+def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str, key: Key, tensor: Any) -> Tile:
+    """The tile of one launch of the kernel `name` ("attention/pointers"): asked for, or from the tables of a tensor's device."""
+    if isinstance(tile, Tile):
+        return tile
+    if tile is not None and launch in tile:
+        return tile[launch]
     if device.interpreting() and not tensor.is_cuda:
         return INTERPRETED
     if not tensor.is_cuda:
-        return space.first(key)
-    return look_up(launch, space, key, device.profile(tensor.device.index)).tile
+        return spaces[launch].first(key)
+    return look_up(f"{name}/{launch}", spaces[launch], key, device.profile(tensor.device.index)).tile
 
 
 @functools.cache
-def _look_up(launch: str, key: Key, profile: device.Profile) -> tuple[Tile, str, str] | None:
-    user = device.user_tables()
+def _look_up(launch: str, space: Space, key: Key, profile: device.Profile) -> Found:
+    user = _table_folder or device.user_tables()
     architecture = device.architecture(profile.capability)
     folders = [(user, "user table")] if user else []
+    allowed = {*space.of(profile.capability, key), space.first(key)}
     for folder, origin in [*folders, (SHIPPED, "shipped table")]:
         for stem in (slug(profile.name), architecture):
             path = folder / f"{stem}.json"
-            if not path.is_file():
+            try:
+                entry = read(path).get(launch) if path.is_file() else None
+            except (TableError, OSError) as error:
+                warnings.warn(f"tile table left out: {error}", stacklevel=2)
                 continue
-            entry = read(path).get(launch)
-            if entry and str(key) in entry["tiles"]:
-                return entry["tiles"][str(key)], f"{origin} {path.name} ({entry['evidence']})", entry["hash"]
-    return None
+            near = _nearest(entry["tiles"], key) if entry else ""
+            if not entry or not near:
+                continue
+            if entry["tiles"][near] not in allowed:
+                warnings.warn(f"{path}: {launch} {near}: {entry['tiles'][near]} is none of the kernel's tiles", stacklevel=2)
+                continue
+            told = entry["evidence"] if near in (str(key), str(key.anywhere)) else f"{entry['evidence']}, for {near}"
+            return Found(entry["tiles"][near], f"{origin} {path.name} ({told})", entry["hash"] != source_hash(space.modules))
+    return Found(space.first(key), "first of its tile space")
+
+
+def _nearest(keys: Iterable[str], key: Key) -> str:
+    """Which key of a table serves a call: its own, the nearest in length, the one for any length, or none."""
+    apart = {text: Key.parse(text).far_from(key) for text in keys}
+    near = min(apart, key=apart.__getitem__, default="")
+    if near and math.isfinite(apart[near]):
+        return near
+    return str(key.anywhere) if str(key.anywhere) in apart else ""
 
 
 def look_up(launch: str, space: Space, key: Key, profile: device.Profile) -> Found:
-    """Tile, source and staleness for a device, which need not be here."""
-    known = _look_up(launch, key, profile)
-    if known is None:
-        return Found(space.first(key), "first of its tile space")
-    tile, source, remembered = known
-    return Found(tile, source, remembered != source_hash(space.modules))
+    """Tile, source and staleness for a device, which need not be here. A tile that is not of the space is as good as none."""
+    return _look_up(launch, space, key, profile)
 
 
 def slug(name: str) -> str:
@@ -243,6 +297,9 @@ def read(path: Path) -> dict[str, Any]:
         try:
             tiles = {str(Key.parse(key)): Tile.parse(text) for key, text in entry["tiles"].items()}
             launches[launch] = {"hash": str(entry["hash"]), "evidence": str(entry["evidence"]), "tiles": tiles}
+            launches[launch] |= {"compilers": [str(name) for name in entry["compilers"]]} if "compilers" in entry else {}
+            if "milliseconds" in entry:
+                launches[launch]["milliseconds"] = {str(Key.parse(key)): float(time) for key, time in entry["milliseconds"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(f"{path}: {launch}: {error}") from error
     return launches
@@ -258,6 +315,17 @@ def write(path: Path, launches: Mapping[str, Mapping[str, Any]], made: Mapping[s
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"schema": SCHEMA, "made": made, "launches": tidy}, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+    read.cache_clear()
+    _look_up.cache_clear()
+
+
+_table_folder: Path | None = None
+
+
+def use_tables(folder: Path | None) -> None:
+    """Look for the user's tables there from now on, in this process; None: where they are by default."""
+    global _table_folder
+    _table_folder = folder
     read.cache_clear()
     _look_up.cache_clear()
 

@@ -89,7 +89,8 @@ def _narrow(tensors: Tensors, options: Options) -> list[str]:
 
 
 def _code() -> Code:
-    from triton_attn.kernels.add_layer_norm import SPACES, add_layer_norm, add_layer_norm_backward, tile_key
+    from triton_attn.kernels._norm_rows import tile_key
+    from triton_attn.kernels.add_layer_norm import SPACES, add_layer_norm, add_layer_norm_backward
 
     return Code(add_layer_norm, add_layer_norm_backward, SPACES, tile_key)
 

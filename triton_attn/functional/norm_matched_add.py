@@ -80,7 +80,8 @@ def _narrow(tensors: Tensors, options: Options) -> list[str]:
 
 
 def _code() -> Code:
-    from triton_attn.kernels.norm_matched_add import SPACES, norm_matched_add, norm_matched_add_backward, tile_key
+    from triton_attn.kernels._norm_rows import tile_key
+    from triton_attn.kernels.norm_matched_add import SPACES, norm_matched_add, norm_matched_add_backward
 
     return Code(norm_matched_add, norm_matched_add_backward, SPACES, tile_key)
 

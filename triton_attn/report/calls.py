@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +46,7 @@ def on_target(row: Mechanism, case: Case, dtype: torch.dtype, target: str) -> Ca
     """What a GPU of this capability would run, and the table its tiles would come from; ValueError on a bad target."""
     capability = device.capability(target)
     tensors, options = inputs.meta(row, case, dtype)
-    defaults = inspect.signature(row.reference).parameters
-    options = {name: options.get(name, defaults[name].default) for name in row.options}
+    options = {**row.defaults, **options}
     refusal = device.refusal(capability)
     if dtype == torch.float64:
         refusal = "kernels serve float16, bfloat16 and float32"

@@ -14,6 +14,7 @@ from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
 from triton_attn.teeth import Tooth
+from triton_attn.tuning.tune import Trial, winner
 from triton_attn.verify import Verdict
 
 NOT_RUN = "not run"
@@ -97,6 +98,25 @@ def checks_by_implementation(rows: Sequence[Verdict], catalog: Mapping[str, Mech
         if failed:
             wrong.append(place)
     titles = ("mechanism", "implementation", "where", "dtypes", "cases>", "checks>", "wrong>", "worst share>", "in")
+    return Table(titles, cells, frozenset(wrong))
+
+
+def tuned(rows: Sequence[Trial]) -> Table:
+    """One line for each launch and key: the fastest right tile beside the first candidate, and what became of the others."""
+    groups: dict[tuple[str, str, str], list[Trial]] = {}
+    for row in rows:
+        groups.setdefault((row.launch, row.key, row.sizes), []).append(row)
+    cells, wrong = [], []
+    for place, (names, group) in enumerate(groups.items()):
+        best, first = winner(group), group[0].milliseconds
+        gain = f"{first / best.milliseconds:.2f}×" if best and best.milliseconds and first else "-"
+        time = _milliseconds(best.milliseconds) if best and best.milliseconds is not None else NOT_RUN
+        spread = percent(best.spread) if best and best.spread is not None else "-"
+        faulty = sum(1 for row in group if row.fault)
+        cells.append((*names, best.tile if best else "none is right", time, spread, gain, str(len(group)), str(faulty)))
+        if best is None:
+            wrong.append(place)
+    titles = ("launch", "key", "sizes", "fastest right tile", "time>", "spread>", "gain over the first>", "tried>", "not fit to run>")
     return Table(titles, cells, frozenset(wrong))
 
 

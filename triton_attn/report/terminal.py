@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -56,7 +56,13 @@ def complain(text: str) -> None:
 def progress(total: int | None, *, json: bool = False) -> Iterator[tuple[Tick, Step]]:
     """A bar on stderr for the time of the block, on a terminal only: (say what is under way, set how many are done)."""
     shown = sys.stderr.isatty() and not (json and sys.stdout.isatty())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task("", total=total)
         yield (lambda text: bar.update(task, description=printable(text))), (lambda count: bar.update(task, completed=count))

@@ -1,0 +1,151 @@
+"""triton-attn tune."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+from triton_attn import device, tiles
+from triton_attn.command_line import BadArgument, Device, Json, Names, Targets, duration, known, targets_of, where_of
+from triton_attn.mechanism import Case, Mechanism
+
+if TYPE_CHECKING:
+    from triton_attn.tuning.tune import Clock
+
+EVERY = 7  # with --check, of the keys of a table
+
+
+def tune(
+    names: Names = None,
+    size: Annotated[list[str] | None, typer.Option(help="Size of an axis of every workload, like n=4096; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32 or tf32; may be repeated.")] = None,
+    budget: Annotated[float, typer.Option(help="Begin no further key after so many seconds.", show_default=False)] = math.inf,
+    resume: Annotated[bool, typer.Option("--resume/--anew", help="Keep what an earlier run has tried, or begin again.")] = True,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where table and trials go; by default where calls look for the user's tables.")
+    ] = None,
+    device_name: Device = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Without a GPU: the first tile that compiles, fits and does not spill.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="With --offline: write nothing; say whether the tables still hold.")] = False,
+    target: Targets = "sm_80,sm_90",
+    jobs: Annotated[int, typer.Option(min=1, help="With --offline: how many processes compile.")] = 1,
+    as_json: Json = False,
+) -> int:
+    """Choose tiles: on a GPU every candidate is judged, then timed; with --offline compiled. Calls take them from the table written."""
+    mechanisms, wanted = known(names), duration(budget, "budget")
+    if not device.triton_version():
+        raise BadArgument("triton is not installed: there is nothing to tune")
+    if device.interpreting():
+        raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
+    if offline:
+        return _offline(mechanisms, targets_of(target), folder or tiles.SHIPPED, jobs, check=check, anew=not resume, as_json=as_json)
+    if check:
+        raise BadArgument("--check is given without --offline")
+    where = where_of(device_name)
+    if where.type != "cuda":
+        raise BadArgument("no GPU is here, so nothing can be timed; --offline chooses by what the compiler says")
+    from triton_attn.tuning.tune import DTYPES, gpu_clock
+
+    for one in dtype or ():
+        if one not in DTYPES:
+            raise BadArgument(f"dtype is {one!r}; allowed: {', '.join(DTYPES)}")
+    place = folder or device.user_tables()
+    if place is None:
+        raise BadArgument("folder is not given, TRITON_ATTN_TILES is not set and platformdirs is not installed")
+    return run(
+        mechanisms,
+        where,
+        place,
+        sizes=size or (),
+        dtypes=dtype or ("bfloat16",),
+        budget=wanted,
+        resume=resume,
+        as_json=as_json,
+        clock=gpu_clock,
+    )
+
+
+def run(
+    mechanisms: Sequence[Mechanism],
+    where: torch.device,
+    folder: Path,
+    *,
+    clock: Clock,
+    sizes: Sequence[str] = (),
+    dtypes: Sequence[str] = ("bfloat16",),
+    budget: float = math.inf,
+    resume: bool = True,
+    as_json: bool = False,
+) -> int:
+    """Tune a device's workloads; 1 if some key has no tile that is right."""
+    from triton_attn.report import calls, tables, terminal
+    from triton_attn.tuning import tune as tuner
+    from triton_attn.tuning.ledger import Ledger
+
+    profile = device.profile(where.index or 0)
+
+    def cases(row: Mechanism) -> Iterable[Case]:
+        for case in row.workloads["cuda"]:
+            # of several mechanisms, each takes the sizes of the axes that it has
+            given = [text for text in sizes if text.partition("=")[0] in case.sizes or len(mechanisms) == 1]
+            yield calls.sized(row.name, case, given)
+
+    try:
+        tasks = tuner.plan(mechanisms, cases, dtypes, profile)
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+    ledger = Ledger(folder, profile, anew=not resume)
+    found = []
+    with terminal.progress(len(tasks), json=as_json) as (tick, step):
+        for task, trials in tuner.tune(tasks, where, profile=profile, clock=clock, known=ledger.known, seconds=budget, tick=tick):
+            ledger.note(task, trials)
+            found.append((task, trials))
+            step(len(found))
+            if as_json:
+                for trial in trials:
+                    print(json.dumps(asdict(trial)), flush=True)
+    lost = [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
+    if not as_json:
+        terminal.show(tables.tuned([trial for _, trials in found for trial in trials]))
+        terminal.conclude(len(found), "keys tuned", lost)
+        terminal.say(str(ledger.table))
+    if len(found) < len(tasks):
+        terminal.complain(f"{len(tasks) - len(found)} keys had no time: the same command goes on with them")
+    return int(bool(lost))
+
+
+def _offline(
+    mechanisms: Sequence[Mechanism], targets: Sequence[str], folder: Path, jobs: int, *, check: bool, anew: bool, as_json: bool
+) -> int:
+    """Tables of GPUs that need not be here; with `check` whether a sample of their entries still compiles, fits and is not stale."""
+    from triton_attn.report import terminal
+    from triton_attn.tuning import without_gpu
+
+    faults, looked = [], 0
+    for target in targets:
+        path = folder / f"{target}.json"
+        before = {} if anew or not path.exists() else tiles.read(path)
+        with terminal.progress(None, json=as_json) as (tick, _):
+            if check:
+                entries = without_gpu.recheck(mechanisms, target, before, every=EVERY, jobs=jobs, tick=tick)
+                faults += [f"{path.name}: {fault}" for fault in entries if fault]
+                looked += len(entries)
+                continue
+            chosen = without_gpu.choose_tiles(mechanisms, target, start=before, jobs=jobs, tick=tick)
+        folder.mkdir(parents=True, exist_ok=True)
+        tiles.write(path, {**(tiles.read(path) if path.exists() else {}), **chosen}, {"by": "triton-attn tune --offline"})
+        terminal.say(str(path))
+    if check and as_json:
+        print(json.dumps({"checked": looked, "wrong": faults}))
+    elif check:
+        terminal.conclude(looked, "entries compiled again", faults)
+    return int(bool(faults))
