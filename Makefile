@@ -18,7 +18,7 @@ LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all test-foreign test-open-clip test-triton36 lint types compile tables bench docs clean
+.PHONY: report test test-all test-foreign test-browser test-open-clip test-triton36 lint types compile tables bench docs clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -26,12 +26,17 @@ report: $(NEW)
 test: $(NEW)
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(NEW) test-foreign test-open-clip test-triton36
+test-all: $(NEW) test-browser test-foreign test-open-clip test-triton36
 	$(PYTEST) tests
 
 # Kernels that nobody here wrote, under the strict interpreter.
 test-foreign: $(FOREIGN)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-foreign/bin/python -m pytest -n 2 -q tests/test_foreign_kernels.py
+
+# The report's page in a real browser: Debian's chromium, which root may install.
+test-browser: $(NEW)
+	@command -v chromium chromedriver > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver > /dev/null)
+	.venv/bin/python -m pytest -q tests/test_browser.py
 
 # Our blocks inside of open_clip's own model.
 test-open-clip: $(OPEN_CLIP)

@@ -17,7 +17,6 @@ from triton_attn.bench import Timing
 from triton_attn.cli import main
 from triton_attn.offline import Compiled
 from triton_attn.report import parts, rows
-from triton_attn.report.calls import Call
 from triton_attn.tiles import Usage
 from triton_attn.verify import Verdict
 
@@ -269,12 +268,12 @@ def test_report_runs_the_lot_and_writes_it_down(tmp_path: Path) -> None:
     ended = execute("report", FIRST, "--folder", str(tmp_path), "--seconds-per-mechanism", "1", "--device", "cpu", "--json")
     assert ended.code == 0, ended.out + ended.err
     (summary,) = ended.rows
-    assert summary["page"] == str(tmp_path / "report.md")
+    assert summary["page"] == str(tmp_path / "report.html")
     assert summary["wrong"] == []
     text = Path(summary["page"]).read_text(encoding="utf-8")
-    kinds: list[tuple[Any, str]] = [(Verdict, "verify"), (Compiled, "compile"), (Timing, "bench"), (Call, "explain")]
-    for kind, file in kinds:
-        found = [rows.from_json(kind, line) for line in (tmp_path / f"{file}.jsonl").read_text().splitlines()]
+    data = json.loads((tmp_path / "report.json").read_text())
+    for name, kind in rows.PARTS.items():
+        found = [rows.from_record(kind, record) for record in data[name]]
         assert found
         assert {row.mechanism for row in found} == {FIRST}
-    assert "## 5. Timings" in text
+    assert "5. Timings</h2>" in text

@@ -1,7 +1,9 @@
 """The report: rows to JSON and back, tables, the page, the pictures, and the processes that fill it."""
 
+import base64
 import dataclasses
 import datetime
+import hashlib
 import json
 import re
 import sys
@@ -15,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from triton_attn import CATALOG
+from triton_attn import CATALOG, bench
 from triton_attn.bench import Timing
 from triton_attn.offline import Compiled
-from triton_attn.report import Results, gather, markdown, parts, plots, rows, tables, terminal
+from triton_attn.report import Results, folder, gather, markdown, parts, plots, rows, tables, terminal
 from triton_attn.report.calls import Call
 from triton_attn.tiles import Usage
+from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
 FIRST = next(iter(CATALOG))
@@ -29,6 +32,7 @@ VERDICT = Verdict(FIRST, "pointers", "dense", "float32", "interpreter", 0.273, "
 COMPILED = Compiled(FIRST, "pointers", "forward", "sm_90", "16bit d64", "64x32 w4 s1", USAGE, 5, 1.2)
 TIMING = Timing(FIRST, "dense", "b=1 h=8", "float32", "cpu", "forward", "portable", 2.0, "torch SDPA", 3.0, 1.5, 7, None)
 CALL = Call(FIRST, "b=1 h=8", "float32", "cpu", "portable", "", {}, {"a kernel": ("query is on cpu",)})
+TRIAL = Trial(f"{FIRST}/pointers/forward", "16bit d64", "64x32 w4 s1", "b=1", "bfloat16", "NVIDIA H200", "3.9.0", "0", 1.5, 0.01, 0.3)
 MACHINE: dict[str, Any] = {"torch": "2.13", "triton": "3.9.0", "interpreter": False, "gpus": []}
 GPU = {"name": "NVIDIA H200", "capability": [9, 0], "refusal": "", "multiprocessors": 132, "memory": 2**37}
 
@@ -84,23 +88,31 @@ def test_no_text_breaks_out_of_its_cell(cells: list[tuple[str, str]]) -> None:
 HOSTILE = '</details><img src=x onerror=alert(1)>|`[a](javascript:b)![c](d)`|\n# title\r\x1b[31m\u202e$\\frac{$ {{ 7 * 7 }} "'
 
 
-def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def poison(row: Any) -> Any:
-        return dataclasses.replace(
-            row, **{field.name: HOSTILE for field in dataclasses.fields(row) if isinstance(getattr(row, field.name), str)}
-        )
+def poison(row: Any) -> Any:
+    return dataclasses.replace(
+        row, **{field.name: HOSTILE for field in dataclasses.fields(row) if isinstance(getattr(row, field.name), str)}
+    )
 
+
+def hostile_results() -> Results:
+    """Hostile text in every field that can hold text."""
     call = dataclasses.replace(poison(CALL), tiles={HOSTILE: HOSTILE}, reasons={HOSTILE: [HOSTILE]})
-    given = results(
+    return results(
         machine={**MACHINE, HOSTILE: HOSTILE, "gpus": [{**GPU, "name": HOSTILE, "refusal": HOSTILE}]},
-        calls=[call],
+        explained=[call],
         verdicts=[VERDICT, poison(VERDICT)],
         compiled=[COMPILED, poison(COMPILED)],
         timings=[TIMING, poison(TIMING)],
         notes=[HOSTILE],
         faults=[HOSTILE],
+        trials=[poison(TRIAL)],
     )
-    text = markdown.write(given, tmp_path).read_text(encoding="utf-8")
+
+
+def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = hostile_results()
+    shown = folder.write(given, tmp_path).read_text(encoding="utf-8")
+    text = (tmp_path / folder.MARKDOWN).read_text(encoding="utf-8")
     assert "onerror" in text
     assert "<img" not in text
     assert not re.search(r"\]\((javascript|d\))", text)
@@ -110,28 +122,60 @@ def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path,
     rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
     assert re.findall(r"<(?:img|a|script)\b[^>]*>", rendered) == [
         f'<img src="{plots.CHECKS}" alt="Worst error of each check as share of its bound" />',
+        f'<img src="{plots.TILES}" alt="Every right tile\'s time over the fastest one\'s" />',
         f'<img src="{plots.TIMINGS}" alt="The peer\'s time over ours" />',
     ]
+    main = shown.partition("<main>")[2].partition("</main>")[0]
+    assert not re.search(r"<(?:img|script|iframe|a)\b|javascript:(?!b)", main)
+    assert shown.count("<script>") == 1
     assert not re.search(r"^# title", text, re.MULTILINE)
     assert text.count("</details>") == 1
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
-    for picture in (plots.CHECKS, plots.TIMINGS):
+    for picture in (plots.CHECKS, plots.TIMINGS, plots.TILES):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring((tmp_path / picture).read_text()).iter()}
         assert not tags & {"img", "script", "image", "foreignObject"}
-    terminal.show(tables.calls([call]))
+    terminal.show(tables.calls(given.calls))
     assert "\x1b" not in capsys.readouterr().out
 
 
 def test_the_page_holds_every_row_and_the_folder_its_data(tmp_path: Path) -> None:
-    path = markdown.write(results(), tmp_path / "new" / "folder")
-    text = path.read_text(encoding="utf-8")
-    for held in ("27 %", f"{FIRST}/pointers/forward", "64x32 w4 s1", "16384", "1.50×", "torch SDPA", "query is on cpu", "1 of 1"):
-        assert held in text
-    assert text.count("![") == 2
+    path = folder.write(results(trials=[TRIAL]), tmp_path / "new" / "folder")
+    held = ("27 %", f"{FIRST}/pointers/forward", "64x32 w4 s1", "16384", "1.50×", "torch SDPA", "query is on cpu", "1 of 1")
+    text, shown = (path.with_name(name).read_text(encoding="utf-8") for name in (folder.MARKDOWN, folder.PAGE))
+    assert all(part in text and part in shown for part in held)
+    assert text.count("![") == 3
     assert all((path.parent / picture).is_file() for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text))
-    assert rows.from_json(Verdict, (path.parent / "verify.jsonl").read_text()) == VERDICT
-    assert json.loads((path.parent / "machine.json").read_text()) == MACHINE
+    data = json.loads((path.parent / folder.DATA).read_text())
+    assert rows.from_record(Verdict, data["verify"][0]) == VERDICT
+    assert (data["machine"], data["targets"], data["wrong"]) == (MACHINE, ["sm_80", "sm_90"], [])
+
+
+def test_the_page_is_one_file_that_trusts_nothing(tmp_path: Path) -> None:
+    shown = folder.write(results(), tmp_path).read_text(encoding="utf-8")
+    assert "default-src 'none'" in shown
+    assert shown.count("<svg") == 2
+    assert shown.count('role="img" aria-label=') == 2
+    for element in re.findall(r"<(?:img|link|iframe|object|embed)\b", shown):
+        pytest.fail(f"the page asks for {element}")
+    assert set(re.findall(r'(?:href|src)="([^#"][^"]*)"', shown)) == set()
+    names = re.findall(r'\bid="([^"]*)"', shown)
+    assert len(names) == len(set(names))
+    used = re.findall(r'(?:xlink:href="#|url\(#)([^")]*)', shown)
+    assert used
+    assert set(used) <= set(names)
+    (style,), (script,) = (re.findall(rf"<{tag}>(.*?)</{tag}>", shown, re.DOTALL) for tag in ("style", "script"))
+    for part in (style, script):
+        assert base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() in shown
+
+
+def test_times_at_lengths_are_drawn_against_length_and_bars_show_the_longest(tmp_path: Path) -> None:
+    timed = [dataclasses.replace(TIMING, case=f"length {n}", milliseconds=n / 100.0, ratio=n / 512) for n in (256, 1024)]
+    folder.write(results(timings=timed), tmp_path)
+    text = (tmp_path / folder.MARKDOWN).read_text()
+    assert plots.LENGTHS in text
+    assert [row.case for row in plots._longest(timed)] == ["length 1024"]
+    assert bench.at_length(CATALOG[FIRST], CATALOG[FIRST].workloads["cpu"][0], 64).sizes["m"] == 64
 
 
 def test_the_page_says_that_nothing_ran_on_a_gpu_where_there_is_none() -> None:
@@ -151,7 +195,8 @@ def test_the_page_says_what_is_wrong_and_what_was_left_out() -> None:
 
 def test_a_page_of_nothing_promises_nothing(tmp_path: Path) -> None:
     (tmp_path / plots.CHECKS).write_text("of an earlier run")
-    text = markdown.write(results(calls=[], verdicts=[], compiled=[], timings=[]), tmp_path).read_text(encoding="utf-8")
+    folder.write(results(explained=[], verdicts=[], compiled=[], timings=[]), tmp_path)
+    text = (tmp_path / folder.MARKDOWN).read_text(encoding="utf-8")
     assert "Nothing was checked." in text
     assert "All right" not in text
     assert "![" not in text

@@ -36,6 +36,7 @@ class Timing:
     ratio: float
     rounds: int
     limit: float | None  # share of the device's roofline; None on a CPU
+    noise: float = 0.0  # of the ratio: half of what lies between the 20th and the 80th of the rounds, as share of the median
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,43 @@ CEILINGS = {
 
 
 def bench(
-    rows: Sequence[Mechanism], where: torch.device, *, seconds: float = float("inf"), tick: Callable[[str], None] = lambda text: None
+    rows: Sequence[Mechanism],
+    where: torch.device,
+    *,
+    lengths: Sequence[int] | None = None,
+    seconds: float = float("inf"),
+    tick: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Timing]:
-    """Every workload of every row against each of its peers; past a row's share of `seconds` its other workloads wait."""
+    """Every workload of every row against each of its peers; with `lengths` the first workload with so many tokens instead.
+
+    Past a row's share of `seconds` its other workloads wait.
+    """
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     for row in rows:
-        start = time.perf_counter()
+        start, cases = time.perf_counter(), row.workloads[where.type]
+        if lengths is not None:
+            cases = tuple(at_length(row, cases[0], length) for length in lengths)
         # every workload forward before any backward, so that a short time shows most
-        plan = [(direction, case, peer) for direction in (FORWARD, BOTH) for case in row.workloads[where.type] for peer in row.peers]
+        plan = [(direction, case, peer) for direction in (FORWARD, BOTH) for case in cases for peer in row.peers]
         for done, (direction, case, peer) in enumerate(plan):
             spent = time.perf_counter() - start
             if spent > seconds:
                 break
             tick(f"{row.name} {case.name} {direction} beside {peer}")
             yield time_beside(row, case, peer, direction, where, dtype, seconds=min((seconds - spent) / (len(plan) - done), 4.0))
+
+
+LENGTH = "length "  # how the case of a length is called
+
+
+def at_length(row: Mechanism, case: Case, length: int) -> Case:
+    """The same call with another number of tokens; what is chosen among them shrinks with them."""
+    longest = max(size for axis, size in case.sizes.items() if axis in "mnl")
+    sizes = {
+        axis: length if axis in "mnl" else max(1, size * length // longest) if axis == "k" and "indices" in row.inputs else size
+        for axis, size in case.sizes.items()
+    }
+    return Case(f"{LENGTH}{length}", row.fitted(sizes, case.options), case.options)
 
 
 def time_beside(
@@ -90,9 +114,13 @@ def time_beside(
     sizes = " ".join(f"{axis}={size}" for axis, size in case.sizes.items())
     name = device.profile(where.index or 0).name if where.type == "cuda" else "cpu"
     limit = _share_of_limit(row.work(case.sizes, options, dtype.itemsize), direction, name, mine)
-    ratio = statistics.median(b / a for a, b in zip(our_times, their_times, strict=True))
+    ratios = [b / a for a, b in zip(our_times, their_times, strict=True)]
+    ratio, (low, *_, high) = statistics.median(ratios), statistics.quantiles(ratios, n=5)
+    noise = (high - low) / 2 / ratio
     short = str(dtype).removeprefix("torch.")
-    return Timing(row.name, case.name, sizes, short, name, direction, path, 1e3 * mine, peer, 1e3 * peers, ratio, len(our_times), limit)
+    return Timing(
+        row.name, case.name, sizes, short, name, direction, path, 1e3 * mine, peer, 1e3 * peers, ratio, len(our_times), limit, noise
+    )
 
 
 def _forward_and_backward(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> None:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -37,6 +34,7 @@ from triton_attn.command_line import (
     targets_of,
     where_of,
 )
+from triton_attn.report import command as reporting
 from triton_attn.tuning import command as tuning
 from triton_attn.vit import commands as vit
 
@@ -53,6 +51,7 @@ app = typer.Typer(
 )
 app.add_typer(vit.app, name="vit")
 app.command("tune")(tuning.tune)
+app.command("report")(reporting.report)
 
 
 def _print_version(asked: bool) -> None:
@@ -99,6 +98,7 @@ def explain(
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; by default bfloat16 on GPUs, float32 on a CPU.")] = None,
     device_name: Device = None,
     target: Targets = "",
+    workloads: Annotated[bool, typer.Option("--workloads", help="Every workload, not only the first.")] = False,
     as_json: Json = False,
 ) -> int:
     """What a call would run, with which tiles, and why not something else. Nothing is run."""
@@ -113,13 +113,14 @@ def explain(
             for architecture in ("", *targets):
                 kind = "cuda" if architecture else where.type
                 wanted = DTYPES[dtype] if dtype else torch.bfloat16 if kind == "cuda" else torch.float32
-                try:
-                    case = calls.sized(row.name, row.workloads[kind][0], size or [])
-                    yield calls.on_target(row, case, wanted, architecture) if architecture else calls.here(row, case, wanted, where)
-                except (ValueError, NotImplementedError) as error:  # wrong arguments; no kernel, where one was insisted on
-                    raise BadArgument(str(error)) from error
-                except RuntimeError as error:
-                    raise BadArgument(f"{row.name}: no memory for {calls.sizes(case)}: {str(error).splitlines()[0]}") from error
+                for workload in row.workloads[kind] if workloads else row.workloads[kind][:1]:
+                    try:
+                        case = calls.sized(row.name, workload, size or [])
+                        yield calls.on_target(row, case, wanted, architecture) if architecture else calls.here(row, case, wanted, where)
+                    except (ValueError, NotImplementedError) as error:  # wrong arguments; no kernel, where one was insisted on
+                        raise BadArgument(str(error)) from error
+                    except RuntimeError as error:
+                        raise BadArgument(f"{row.name}: no memory for {calls.sizes(case)}: {str(error).splitlines()[0]}") from error
 
     found = rows.collect(explained(), as_json)
     if not as_json:
@@ -213,61 +214,24 @@ def compile_kernels(
 
 
 @app.command()
-def bench(names: Names = None, device_name: Device = None, seconds: Seconds = math.inf, as_json: Json = False) -> int:
+def bench(
+    names: Names = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Only the first workload, with so many tokens; may be repeated.")] = None,
+    device_name: Device = None,
+    seconds: Seconds = math.inf,
+    as_json: Json = False,
+) -> int:
     """Time every workload beside its peers, in turns."""
     mechanisms, where, seconds = known(names), where_of(device_name), duration(seconds)
     from triton_attn.report import parts, rows, tables, terminal
 
     log = parts.Log()
-    with terminal.progress(sum(len(row.workloads[where.type]) for row in mechanisms), json=as_json) as (log.tick, step):
-        results = parts.timings(mechanisms, where, seconds, log)
+    with terminal.progress(sum(len(length or row.workloads[where.type]) for row in mechanisms), json=as_json) as (log.tick, step):
+        results = parts.timings(mechanisms, where, seconds, log, lengths=length)
         found = rows.collect(results, as_json, lambda done: step(len({(row.mechanism, row.case) for row in done})))
     if not as_json:
         terminal.show(tables.timings(found))
     return exit_code(log, [])
-
-
-@app.command()
-def report(
-    names: Names = None,
-    folder: Annotated[Path, typer.Option(help="Where report.md, its rows and its pictures go.")] = Path("report"),
-    seconds_per_mechanism: Annotated[float, typer.Option(help="Times the mechanisms: how long to check, compile and time.")] = 8.0,
-    target: Targets = "sm_80,sm_90",
-    device_name: Device = None,
-    as_json: Json = False,
-) -> int:
-    """Check, compile, time and explain everything, and write a page about it."""
-    mechanisms, where, targets = known(names), where_of(device_name), targets_of(target)
-    duration(seconds_per_mechanism, "seconds-per-mechanism")
-    from triton_attn.report import gather, markdown, tables, terminal
-
-    # what cannot be written had better be known before minutes have gone by
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / markdown.PAGE).open("a", encoding="utf-8").close()
-    budget = min(seconds_per_mechanism * len(mechanisms), gather.LONGEST)
-    machine = {
-        "triton_attn": __version__,
-        **device.describe(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    catalog, whole, start = {row.name: row for row in mechanisms}, math.ceil(budget), time.perf_counter()
-    with terminal.progress(whole, json=as_json) as (tick, step):
-
-        def note(text: str) -> None:
-            tick(text)
-            step(min(whole, int(time.perf_counter() - start)))
-
-        results = gather.gather(catalog, machine, targets=targets, device=str(where), seconds=budget, tick=note)
-    page = markdown.write(results, folder)
-    if as_json:
-        print(json.dumps({"page": str(page), "wrong": results.wrong, "left_out": results.notes, "seconds": round(results.seconds, 1)}))
-    else:
-        terminal.show(tables.summary(catalog, results.calls, results.verdicts, results.compiled, results.timings))
-        counted = f"checks, {len(results.compiled)} kernels compiled, {len(results.timings)} timings"
-        terminal.conclude(len(results.verdicts), counted, results.wrong)
-        terminal.say(str(page))
-    return int(bool(results.wrong))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,6 +28,8 @@ class Verdict:
     worst: str  # which output or gradient
     seconds: float
     fault: str = ""
+    forward: float = 0.0  # of outputs alone
+    backward: float = 0.0  # of gradients alone
 
 
 def verify(
@@ -52,7 +54,9 @@ def verify(
                     spent = time.perf_counter() - began
                     short = str(dtype).removeprefix("torch.")
                     shown = name if implementation != "portable" or where.type == "cuda" else "cpu"
-                    yield Verdict(row.name, implementation, case.name, short, shown, worst.share, worst.name, spent, faults)
+                    sides = [[c.share for c in comparisons if c.name.startswith("grad ") == side] for side in (False, True)]
+                    shares = [max(side, default=0.0) for side in sides]
+                    yield Verdict(row.name, implementation, case.name, short, shown, worst.share, worst.name, spent, faults, *shares)
 
 
 def refused(row: Mechanism, implementation: str, case: Case, dtype: torch.dtype) -> list[str]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from triton_attn.bench import Timing
+from triton_attn.bench import LENGTH, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
 
@@ -20,13 +21,27 @@ class Results:
     catalog: Mapping[str, Mechanism]
     machine: Mapping[str, Any]
     targets: Sequence[str]
-    calls: list[Call] = field(default_factory=list)
+    explained: list[Call] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     compiled: list[Compiled] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out
     faults: list[str] = field(default_factory=list)  # what did not run to its end
     seconds: float = 0.0
+    trials: list[Trial] = field(default_factory=list)  # of this device and its user's tuner
+
+    @property
+    def calls(self) -> list[Call]:
+        """Each mechanism's first workload at each place."""
+        first: dict[tuple[str, str], Call] = {}
+        for call in self.explained:
+            first.setdefault((call.mechanism, call.where), call)
+        return list(first.values())
+
+    @property
+    def lengths(self) -> bool:
+        """Whether something was timed at several lengths."""
+        return any(row.case.startswith(LENGTH) for row in self.timings)
 
     @property
     def wrong(self) -> list[str]:

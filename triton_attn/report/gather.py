@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from triton_attn import device as here
 from triton_attn.bench import Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
@@ -21,11 +22,15 @@ from triton_attn.report import Results
 from triton_attn.report.calls import Call
 from triton_attn.report.rows import AnyRow, from_json
 from triton_attn.report.terminal import FAILED, PREFIX, complain
+from triton_attn.tiles import slug
+from triton_attn.tuning.ledger import read_trials
+from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
 _running: set[subprocess.Popen[str]] = set()
 _PATIENCE = 60.0  # for imports, and for the one case that was under way when the time ended
 LONGEST = 24 * 3600.0
+LENGTHS = (256, 512, 1024, 2048)
 _TIMED_APART = 0.4  # of the budget: timing shares the machine with nothing, checks and compiler share it
 
 
@@ -56,10 +61,22 @@ def gather(
             for process in list(_running):
                 _kill(process)
             raise
-    results.timings = _part(Timing, ["bench", *names, "--device", device], apart, results, tick)
-    results.calls = _part(Call, ["explain", *names, "--device", device, "--target", joined], None, results, tick)
+    lengths = [part for length in LENGTHS for part in ("--length", str(length))]
+    results.timings = _part(Timing, ["bench", *names, *lengths, "--device", device], apart, results, tick)
+    explain = ["explain", *names, "--device", device, "--target", joined, "--workloads"]
+    results.explained = _part(Call, explain, None, results, tick)
+    results.trials = _tried(device)
     results.seconds = time.perf_counter() - start
     return results
+
+
+def _tried(where: str) -> list[Trial]:
+    """What the tuner has tried on this device, if it is a GPU."""
+    folder = here.user_tables()
+    if folder is None or not where.startswith("cuda"):
+        return []
+    name = here.profile(int(where.partition(":")[2] or 0)).name
+    return read_trials(folder / f"{slug(name)}.trials.jsonl")
 
 
 def _part(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import html
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 from triton_attn.mechanism import Mechanism
-from triton_attn.report import Results, plots, rows, tables
+from triton_attn.report import Results, plots, tables
 from triton_attn.report.tables import Table
 
-PAGE = "report.md"
 _TEMPLATES = Path(__file__).parent / "templates"
 _STRUCTURE = re.compile(r"[|`\[\]*\\$~]")
 
@@ -63,22 +61,3 @@ def page(results: Results, made: datetime.datetime) -> str:
         plots=plots,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
-
-
-def write(results: Results, folder: Path) -> Path:
-    """Page, rows and plots into a folder; the page's path. OSError where the folder does not take them."""
-    made = datetime.datetime.now().astimezone()
-    folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Sequence[rows.Row]] = {
-        "verify": results.verdicts,
-        "compile": results.compiled,
-        "bench": results.timings,
-        "explain": results.calls,
-    }
-    for name, members in parts.items():
-        (folder / f"{name}.jsonl").write_text("".join(f"{rows.to_json(row)}\n" for row in members), encoding="utf-8")
-    (folder / "machine.json").write_text(json.dumps(dict(results.machine), indent=1) + "\n", encoding="utf-8")
-    plots.draw(results, folder)
-    written = folder / PAGE
-    written.write_text(page(results, made), encoding="utf-8")
-    return written

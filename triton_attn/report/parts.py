@@ -76,13 +76,15 @@ def launches(rows: Sequence[Mechanism], targets: Sequence[str], *, every_key: bo
     return sum(len(tuple(space.entries() if every_key else representative(space))) for space in spaces)
 
 
-def timings(rows: Sequence[Mechanism], where: torch.device, seconds: float, log: Log) -> Iterator[Timing]:
+def timings(
+    rows: Sequence[Mechanism], where: torch.device, seconds: float, log: Log, *, lengths: Sequence[int] | None = None
+) -> Iterator[Timing]:
     """`bench`; what cannot be timed is logged."""
 
     def run(row: Mechanism, share: float) -> Iterator[Timing]:
         log.under_way = row.name
         try:
-            yield from bench([row], where, seconds=share, tick=log)
+            yield from bench([row], where, lengths=lengths, seconds=share, tick=log)
         except Exception as error:  # noqa: BLE001  ours or a peer's; the other mechanisms are still to be timed
             log.failed.append(f"{log.under_way}: {complaint(error)}")
 

@@ -1,35 +1,46 @@
-"""Two pictures beside the page: how much of its error bound each check used, and speed against peers."""
+"""The pictures of the page: shares of error bounds, speed against peers, time against length, and what the tuner tried."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from triton_attn.bench import FORWARD, Timing
+from triton_attn.bench import FORWARD, LENGTH, Timing
 from triton_attn.report import Results
+from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHECKS, TIMINGS = "checks.svg", "timings.svg"
+CHECKS, TIMINGS, LENGTHS, TILES = "checks.svg", "timings.svg", "lengths.svg", "tiles.svg"
+_PEERS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _KERNEL, _PORTABLE, _WRONG, _FORWARD, _BOTH = "#0072b2", "#e69f00", "#c1272d", "#0072b2", "#56b4e9"
 _WIDTH, _LEAST, _LONGEST_NAME = 9.0, 1e-3, 40
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Draw what there are rows for; a picture of an earlier run goes."""
+def draw(results: Results, folder: Path) -> list[str]:
+    """Draw what there are rows for; the names of the pictures. One of an earlier run goes."""
     import matplotlib as mpl
 
-    for name, rows in ((CHECKS, results.verdicts), (TIMINGS, results.timings)):
+    by_length = [row for row in results.timings if _length(row) and row.direction == FORWARD]
+    pictures: list[tuple[str, Callable[[], Figure], bool]] = [
+        (CHECKS, lambda: checks(results.verdicts), bool(results.verdicts)),
+        (TIMINGS, lambda: timings(_longest(results.timings)), bool(results.timings)),
+        (LENGTHS, lambda: lengths(by_length), bool(by_length)),
+        (TILES, lambda: tiles(results.trials), bool(results.trials)),
+    ]
+    drawn = []
+    for name, picture, wanted in pictures:
         (folder / name).unlink(missing_ok=True)
-        if rows:
+        if wanted:
             with mpl.rc_context({"text.parse_math": False, "svg.hashsalt": name, "font.size": 9}):
-                figure = checks(results.verdicts) if name == CHECKS else timings(results.timings)
-                figure.savefig(folder / name, metadata={"Date": None})
+                picture().savefig(folder / name, metadata={"Date": None})
+            drawn.append(name)
+    return drawn
 
 
 def checks(rows: Sequence[Verdict]) -> Figure:
@@ -88,6 +99,74 @@ def timings(rows: Sequence[Timing]) -> Figure:
     axes.set_xlabel("peer's time over ours (right of the line we are faster)")
     _finish(axes, labels)
     return figure
+
+
+def lengths(rows: Sequence[Timing]) -> Figure:
+    """A panel per mechanism: time against length, ours and each peer's, both axes logarithmic: a straight line is a power."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.mechanism for row in rows))
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(_WIDTH, 2.4 * lines + 0.6), layout="constrained", facecolor="white")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.set_visible(False)
+    for axes, name in zip(panels, names, strict=False):
+        axes.set_visible(True)
+        mine = [row for row in rows if row.mechanism == name]
+        ours = {_length(row): row.milliseconds for row in mine}
+        axes.plot(list(ours), list(ours.values()), color=_KERNEL, marker="o", markersize=3.5, label="ours", zorder=3)
+        for color, peer in zip(_PEERS, dict.fromkeys(row.peer for row in mine), strict=False):
+            theirs = [(_length(row), row.peer_milliseconds) for row in mine if row.peer == peer]
+            axes.plot(*zip(*theirs, strict=True), color=color, marker="s", markersize=3, linewidth=1, label=_drawable(peer))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(list(ours), [str(length) for length in ours])
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        ticks = [step * 10.0**power for power in range(-4, 6) for step in (1, 3) if low <= step * 10.0**power <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_title(_drawable(name), fontsize=9)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=6, loc="upper left")
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("milliseconds, forward", fontsize=9)
+    return figure
+
+
+def tiles(rows: Sequence[Trial]) -> Figure:
+    """A line per launch and key: each right tile's time over the fastest one's, the first candidate marked."""
+    groups: dict[str, list[Trial]] = {}
+    for row in rows:
+        groups.setdefault(f"{_drawable(row.launch)}\n{_drawable(row.key)}", []).append(row)
+    figure, axes = _canvas(0.45 * len(groups) + 1.5)
+    for height, group in enumerate(groups.values()):
+        timed = [row.milliseconds for row in group if row.milliseconds is not None and not row.fault]
+        if timed:
+            axes.scatter([time / min(timed) for time in timed], [height] * len(timed), s=16, c=_KERNEL, alpha=0.6, linewidths=0)
+            if group[0].milliseconds is not None:
+                axes.scatter([group[0].milliseconds / min(timed)], [height], s=40, facecolors="none", edgecolors=_PORTABLE)
+    axes.set_xlabel("a tile's time over the fastest right one's (ring: the first candidate)")
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    return figure
+
+
+def _longest(rows: Sequence[Timing]) -> list[Timing]:
+    """Of several lengths the longest of each mechanism, peer and direction."""
+    most: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        group = (row.mechanism, row.peer, row.direction)
+        most[group] = max(most.get(group, 0), _length(row))
+    return [row for row in rows if _length(row) in (0, most[row.mechanism, row.peer, row.direction])]
+
+
+def _length(row: Timing) -> int:
+    """The number of tokens of a case that is the first workload at another length; 0 of other cases."""
+    number = row.case.removeprefix(LENGTH)
+    return int(number) if row.case.startswith(LENGTH) and number.isascii() and number.isdigit() else 0
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:

@@ -18,19 +18,29 @@ from triton_attn.verify import Verdict
 Row: TypeAlias = Verdict | Compiled | Timing | Call | Tooth
 AnyRow = TypeVar("AnyRow", Verdict, Compiled, Timing, Call, Tooth)
 _MAY_BE_ABSENT = ("usage", "limit")
+PARTS: dict[str, type[Any]] = {"verify": Verdict, "compile": Compiled, "bench": Timing, "explain": Call}  # by command
 
 
 def to_json(row: Row) -> str:
-    """One line. JSON has no infinity: a number that is not finite becomes null."""
-    return json.dumps(_finite(asdict(row)), allow_nan=False)
+    """One line."""
+    return json.dumps(to_record(row), allow_nan=False)
+
+
+def to_record(row: Row) -> Any:
+    """What JSON can hold. It has no infinity: a number that is not finite becomes null."""
+    return _finite(asdict(row))
 
 
 def from_json(kind: type[AnyRow], line: str) -> AnyRow:
     """The inverse; ValueError on anything else."""
-    record = json.loads(line)
+    return from_record(kind, json.loads(line))
+
+
+def from_record(kind: type[AnyRow], record: Any) -> AnyRow:
+    """The same of what JSON gave."""
     try:
         if record.get("usage") is not None:
-            record["usage"] = Usage(**record["usage"])
+            record = {**record, "usage": Usage(**record["usage"])}
         infinite = {name: math.inf for name, value in record.items() if value is None and name not in _MAY_BE_ABSENT}
         return kind(**{**record, **infinite})
     except (TypeError, AttributeError) as error:

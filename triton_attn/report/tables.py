@@ -13,6 +13,7 @@ from triton_attn.bench import BOTH, FORWARD, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.report.comparison import Change
 from triton_attn.teeth import Tooth
 from triton_attn.tuning.tune import Trial, winner
 from triton_attn.verify import Verdict
@@ -67,6 +68,41 @@ def checks(rows: Sequence[Verdict]) -> Table:
     ]
     titles = ("mechanism", "implementation", "case", "dtype", "where", "worst share>", "in", "time>")
     return Table(titles, cells, _faulty(rows))
+
+
+def coverage(rows: Sequence[Call]) -> Table:
+    """For each mechanism and GPU how many launches of its workloads have a tile tuned for their lengths, one chosen offline, or neither."""
+    groups: dict[tuple[str, str], list[Call]] = {}
+    for row in rows:
+        if row.tiles or row.where.startswith("sm_"):
+            groups.setdefault((row.mechanism, row.where), []).append(row)
+    cells = []
+    for names, group in groups.items():
+        tiles = [tile for row in group for tile in row.tiles.values()]
+        tuned = sum("tuned on" in tile for tile in tiles)
+        offline = sum("(offline" in tile for tile in tiles)
+        stale = sum("stale" in tile for tile in tiles)
+        portable = sum(not row.kernel for row in group)
+        cells.append((*names, str(len(group)), str(portable), *map(str, (tuned, offline, len(tiles) - tuned - offline, stale))))
+    titles = ("mechanism", "GPU", "workloads>", "by no kernel>", "launches tuned>", "chosen offline>", "first of space>", "stale>")
+    return Table(titles, cells)
+
+
+def changes(rows: Sequence[Change]) -> Table:
+    """What differs between two reports."""
+    cells = [(row.what, row.before, row.after, row.how) for row in rows]
+    return Table(("what", "before>", "now>", "so it is"), cells, frozenset(place for place, row in enumerate(rows) if row.worse))
+
+
+def directions(rows: Sequence[Verdict]) -> Table:
+    """Worst share by mechanism, dtype and direction: outputs, and gradients."""
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for row in rows:
+        groups.setdefault((row.mechanism, row.dtype), []).append(row)
+    cells = [
+        (*names, percent(max(row.forward for row in group)), percent(max(row.backward for row in group))) for names, group in groups.items()
+    ]
+    return Table(("mechanism", "dtype", "outputs, worst share>", "gradients, worst share>"), cells)
 
 
 def teeth(rows: Sequence[Tooth]) -> Table:
