@@ -30,10 +30,12 @@ def calls() -> dict[str, Callable[[], Any]]:
     padded = torch.arange(N) >= torch.tensor([[N], [300]])
     image, text = torch.randn(B, H, 196, D), torch.randn(B, H, 77, D)
     columns = torch.tensor([0, 17, 99, 400])
+    packed, ends = (torch.randn(N, H, D), torch.randn(N, HK, D), torch.randn(N, HK, D)), torch.tensor([0, 300, 301, N])
     same: dict[str, Any] = {"key_padding_mask": padded}
     return {
         "attention, causal": lambda: triton_attn.attention(query, key, value, causal=True, **same),
         "attention, cross, with lse": lambda: triton_attn.attention(image, text, text, return_lse=True),
+        "attention_varlen": lambda: triton_attn.attention_varlen(*packed, ends, ends, causal=True),
         "strided_attention": lambda: triton_attn.strided_attention(query, key, value, stride=4, include_self=True, **same),
         "local_global_attention": lambda: triton_attn.local_global_attention(query, key, value, window=64, global_tokens=4, **same),
         "subset_attention": lambda: triton_attn.subset_attention(query, key, value, indices=columns, **same),

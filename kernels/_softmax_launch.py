@@ -34,14 +34,17 @@ def forward(
     extras: Extras,
     tile: Tiles,
     descriptors: bool = False,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
+    """(out, lse); `packed`: out has its heads side by side in memory."""
     (b, h, m), (g, n), e = query.shape[:3], key_.shape[1:3], value.shape[-1]
-    out = torch.empty((b, h, m, e), dtype=query.dtype, device=query.device)
+    out = _fresh((b, h, m, e), query, packed)
     lse = torch.empty((b, h, m), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
     chosen = forward_tile(pattern, tile, spaces, name, query, key_, value, extras)
+    if packed:
+        chosen = replace(chosen, splits=1)  # a merge writes the rows of a head one behind the other
     left, state = out, lse
     if chosen.splits > 1:
         left = torch.empty((chosen.splits, b, h, m, e), dtype=torch.float32, device=query.device)
@@ -114,8 +117,9 @@ def backward(
     extras: Extras,
     needs: Sequence[bool],
     tile: Tiles,
+    packed: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(dQ, dK, dV), and of keys from elsewhere their dK and dV; an empty tensor for what is not needed."""
+    """(dQ, dK, dV), and of keys from elsewhere their dK and dV; an empty tensor for what is not needed. `packed`: as in `forward`."""
     grad_out, grad_lse = grads
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
@@ -126,25 +130,30 @@ def backward(
     more, tiled = pattern.elsewhere, partial(chosen_tile, tile, BACKWARD_KEY, spaces, name, query, value, extras)
     beside = replace(extras, key_padding_mask=None)  # keys from elsewhere have their padding in their positions
     if needs[0]:
-        dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        dq = _fresh(query.shape, query, packed)
         if dq.numel():
             _query_gradient(pattern, spaces, name, *shared, key_, value, dq, extras, tile)
     if any(needs[1:3]):
-        dk, dv = _gradients_of(key_, value, written=pattern.keys is not None)
+        dk, dv = (_fresh(x.shape, x, packed) for x in (key_, value))
+        if pattern.keys is None:
+            dk, dv = dk.zero_(), dv.zero_()
         if pattern.keys is not None:
             _key_gradients(pattern.keys, tiled, *shared, key_, value, None, dk, dv, extras)
         if more is not None and more.copied:
             _key_gradients(more.walk, tiled, *shared, more.key, more.value, more.positions, dk, dv, beside, scatter=True)
         gradients[:2] = dk, dv
     if more is not None and any(needs[3:5]):
-        gradients[2:4] = dk, dv = _gradients_of(more.key, more.value, written=True)
+        gradients[2:4] = dk, dv = [_fresh(x.shape, x) for x in (more.key, more.value)]
         _key_gradients(more.walk, tiled, *shared, more.key, more.value, more.positions, dk, dv, beside)
     return dq, *(x if need else nothing for x, need in zip(gradients, needs[1:], strict=True))
 
 
-def _gradients_of(key_: Tensor, value: Tensor, written: bool) -> tuple[Tensor, ...]:
-    make = torch.empty if written else torch.zeros
-    return tuple(make(x.shape, dtype=x.dtype, device=x.device) for x in (key_, value))
+def _fresh(shape: Sequence[int], like: Tensor, packed: bool = False) -> Tensor:
+    """Memory for (B, heads, length, width); `packed`: with the heads of a place side by side."""
+    b, heads, length, width = shape
+    if packed:
+        return torch.empty((b, length, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:

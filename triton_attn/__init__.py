@@ -5,6 +5,7 @@ from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
 from triton_attn.functional.add_layer_norm import add_layer_norm, layer_norm
 from triton_attn.functional.attention import attention
+from triton_attn.functional.attention_varlen import attention_varlen
 from triton_attn.functional.causal_conv1d import causal_conv1d, causal_conv1d_fn
 from triton_attn.functional.causal_conv1d_update import causal_conv1d_update
 from triton_attn.functional.dilated_attention import dilated_attention
@@ -28,6 +29,7 @@ __all__ = [
     "Unsupported",
     "add_layer_norm",
     "attention",
+    "attention_varlen",
     "autotune",
     "broadcast_tables",
     "causal_conv1d",

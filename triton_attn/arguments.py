@@ -171,12 +171,12 @@ def whole(who: Named, argument: str, given: int, low: int, high: int | None = No
     return given
 
 
-def whole_numbers(who: Named, argument: str, given: Sequence[int]) -> list[int]:
-    """Whole numbers, 1 and more, at least one of them."""
-    allowed = "a sequence of whole numbers, 1 and more"
+def whole_numbers(who: Named, argument: str, given: Sequence[int], low: int = 1) -> list[int]:
+    """Whole numbers from `low`, at least one of them."""
+    allowed = f"a sequence of whole numbers, {low} and more"
     if not isinstance(given, (list, tuple)) or not given or any(isinstance(x, bool) or not isinstance(x, int) for x in given):
         raise ArgumentTypeError(who.name, argument, f"is {given!r}; allowed: {allowed}")
-    if min(given) < 1:
+    if min(given) < low:
         raise ArgumentError(who.name, argument, f"has {min(given)}; allowed: {allowed}")
     return list(given)
 

@@ -2,6 +2,7 @@
 
 from triton_attn.functional.add_layer_norm import ROW as add_layer_norm
 from triton_attn.functional.attention import ROW as attention
+from triton_attn.functional.attention_varlen import ROW as attention_varlen
 from triton_attn.functional.causal_conv1d import ROW as causal_conv1d
 from triton_attn.functional.dilated_attention import ROW as dilated_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
@@ -13,6 +14,7 @@ from triton_attn.functional.subset_attention import ROW as subset_attention
 
 ROWS = (
     attention,
+    attention_varlen,
     strided_attention,
     local_global_attention,
     subset_attention,

@@ -44,11 +44,15 @@ def draw(
         elif given.kind == "values":
             values = VALUES[how](torch.randn(size, generator=generator) * spread)
             values = values.abs() * given.sign if given.sign else values
-            tensors[name] = laid_out(values.to(dtype if how == NARROW else _held(given, dtype)), layout).to(device)
+            values = values.to(dtype if how == NARROW else _held(given, dtype))
+            if layout == EXPANDED and given.axes[0] in "mn":  # a token that stands for all leaves nothing to attend to: a head does
+                tensors[name] = values[:, :1].expand(values.shape).to(device)
+            else:
+                tensors[name] = laid_out(values, layout).to(device)
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
         elif given.kind == "offsets":
-            tensors[name] = _offsets(size[0], case.sizes[given.into], generator).to(device)
+            tensors[name] = OFFSETS[how](size[0], case.sizes[given.into], generator).to(torch.int32).to(device)
         elif given.kind == "index":
             indices = INDICES[how](size, case.sizes[given.into], generator)
             tensors[name] = (laid_out(indices, layout) if layout in (FAR, PERMUTED, *FAR_ALONG) else indices).to(device)
@@ -157,7 +161,13 @@ def _distinct_indices(size: tuple[int, ...], length: int, generator: torch.Gener
 def _offsets(count: int, length: int, generator: torch.Generator) -> Tensor:
     """0, the length, and in order between them others, so that some sequences are empty."""
     inner = torch.randint(length + 1, (max(count - 2, 0),), generator=generator)
-    return torch.cat((torch.zeros(1), inner.sort()[0], torch.full((1,), length)))[:count].to(torch.int32)
+    return torch.cat((torch.zeros(1), inner.sort()[0], torch.full((1,), length)))[:count]
+
+
+def _growing_offsets(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """0, the length, and between them sequences each longer than the one before: the same wherever they are drawn."""
+    places = torch.arange(count)
+    return places * (places + 1) * length // max(count * (count - 1), 1)
 
 
 def _held(given: Input, dtype: torch.dtype) -> torch.dtype:
@@ -172,6 +182,7 @@ def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 INDICES: dict[str, Callable[[tuple[int, ...], int, torch.Generator], Tensor]] = {"random": _any_indices, "distinct": _distinct_indices}
+OFFSETS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {"drawn": _offsets, "growing": _growing_offsets}
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": Tensor.abs, NARROW: lambda x: x}
 MASKS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "boolean": _boolean,

@@ -36,7 +36,8 @@ def _rows_sum_to_one(row: Mechanism, call: Call, tensors: dict[str, Any], option
     truth = torch.ones_like(out)
     if "lse" in row.outputs:
         lse = dict(zip(list(row.outputs)[1:], more, strict=True))["lse"]
-        truth = truth * (lse > -torch.inf)[..., None]
+        axes, (*order, _) = row.outputs["lse"].axes.split(), row.outputs["out"].axes.split()
+        truth = truth * (lse > -torch.inf).permute([axes.index(axis) for axis in order])[..., None]
     _assert_close(row, tensors, options, out, truth)
 
 

@@ -16,8 +16,11 @@ def seen(row: Mechanism, case: Case) -> Tensor:
     tensors["query"] = torch.zeros_like(tensors["query"])  # type: ignore[arg-type]
     values = [name for name, given in row.inputs.items() if given.axes.endswith(" e") and tensors[name] is not None]
     shapes = [inputs.shape(row.inputs[name].axes, case.sizes) for name in values]
-    every = torch.eye(sum(length for _, _, length, _ in shapes))
-    for name, (b, g, length, _) in zip(values, shapes, strict=True):
-        tensors[name], every = every[:length].expand(b, g, length, -1), every[length:]
+    batched = all(len(size) == 4 for size in shapes)  # else (length, heads, width)
+    every = torch.eye(sum(size[-2 if batched else 0] for size in shapes))
+    for name, size in zip(values, shapes, strict=True):
+        length = size[-2 if batched else 0]
+        here, every = every[:length], every[length:]
+        tensors[name] = here.expand(*size[:-1], -1) if batched else here[:, None].expand(*size[:-1], -1)
     out: Tensor = row.reference(**tensors, **options)
-    return out > 0
+    return out > 0 if batched else out.transpose(0, 1)[None] > 0
