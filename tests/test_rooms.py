@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
     "vit.*": ("__init__ arguments models.* vit.*", "torch typer sklearn"),
-    "integrations.*": ("__init__ arguments nn.* integrations.*", "torch transformers open_clip timm"),
+    "integrations.*": ("__init__ arguments refusals nn.* integrations.*", "torch transformers open_clip timm"),
 }
 
 # imported inside strict_interpreter() alone, when triton is there

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triton_attn.portable._grouped import sdpa
 from triton_attn.portable._rows import Piece, by_rows
-from triton_attn.reference.attention_varlen import visible
+from triton_attn.reference._packed import visible
 
 
 def attention_varlen(

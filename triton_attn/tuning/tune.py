@@ -21,7 +21,7 @@ from triton_attn.testing import inputs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 # lengths of the call on which a tile is judged: several tiles and a ragged rest of any, and float64 stays cheap
-JUDGED_AT: Mapping[str, int] = {"m": 200, "n": 300, "l": 200, "k": 40}
+JUDGED_AT: Mapping[str, int] = {"m": 200, "n": 300, "l": 200, "k": 40, "p": 6}
 MOST_COPIES = 8
 
 
