@@ -17,7 +17,7 @@ from torch import Tensor
 from triton_attn import ArgumentError, Unsupported, attention, attention_varlen, use_backend
 from triton_attn.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
 from triton_attn.kernels.attention_varlen import pattern
-from triton_attn.reference.attention_varlen import visible
+from triton_attn.reference._packed import visible
 from triton_attn.testing import inputs
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
