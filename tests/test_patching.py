@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import triton_attn
-from triton_attn import ArgumentError, use_backend
-from triton_attn.integrations.patching import patch, sdpa_override
+from triton_attn import ArgumentError, Unsupported, patch, sdpa_override, use_backend
 from triton_attn.nn import MultiheadAttention
 
 E, H, N = 16, 4, 9
@@ -105,20 +104,31 @@ def test_what_is_left_is_said_with_its_reason() -> None:
     class Own(nn.MultiheadAttention):
         pass
 
-    model = nn.ModuleDict({"theirs": nn.MultiheadAttention(E, H), "own": Own(E, H), "ours": MultiheadAttention(E, H), "timm": Timm()})
+    hooked = Timm()
+    hooked.forward = lambda x: x  # type: ignore[method-assign]
+    model = nn.ModuleDict(
+        {"theirs": nn.MultiheadAttention(E, H), "own": Own(E, H), "ours": MultiheadAttention(E, H), "unfused": unfused(), "hooked": hooked}
+    )
     report = patch(model)
     assert set(report.replaced) == {"theirs"}
     assert report.skipped == {
         "own": "Own may compute something else",
         "ours": "it is ours already",
-        "timm": "Timm calls torch's function; run it under sdpa_override()",
+        "unfused": "Timm is set to compute its attention by itself (fused_attn)",
+        "hooked": "this Timm has a forward of its own",
     }
     assert "theirs is now triton_attn.nn.MultiheadAttention" in str(report)
 
 
+def unfused() -> Timm:
+    model = Timm()
+    model.fused_attn = False
+    return model
+
+
 NOTHING: dict[str, tuple[Callable[[], Any], str]] = {
-    "no attention": (lambda: nn.Linear(1, 1), "has no attention that this function knows; allowed: nn.MultiheadAttention inside"),
-    "timm's": (Timm, "calls torch's function; run it under sdpa_override()"),
+    "no attention": (lambda: nn.Linear(1, 1), "has no attention that this function knows; allowed: a model with an attention"),
+    "its own attention": (lambda: unfused(), "the model: Timm is set to compute its attention by itself"),
     "no model": (lambda: "ViT-B-32", "is a str; allowed: torch.nn.Module"),
 }
 
@@ -168,3 +178,109 @@ def test_torch_s_call_is_ours_inside_of_the_override(monkeypatch: pytest.MonkeyP
     assert F.scaled_dot_product_attention is original
     model(x)
     assert len(seen) == 2
+
+
+# modules that call torch's function themselves
+
+
+def test_a_module_that_calls_torch_s_function_calls_ours_and_stays_itself() -> None:
+    model, x = nn.Sequential(Timm(), Timm()), torch.randn(2, N, E)
+    before, first = model(x), model[0]
+    report = patch(model)
+    assert report.replaced == dict.fromkeys("01", "Timm on triton_attn.attention")
+    assert not report.changes_function
+    assert model[0] is first
+    assert isinstance(first, Timm)
+    assert triton_attn.explain(model, x).mechanism == "attention"
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ArgumentError, match="made no call"):
+        triton_attn.explain(Timm(), x)  # others of the class are left alone
+    report.undo()
+    assert type(first) is Timm
+    assert torch.equal(model(x), before)
+
+
+# another mechanism
+
+OTHERS: dict[str, tuple[dict[str, Any], bool]] = {
+    "strided_attention": ({"stride": 2}, True),
+    "local_global_attention": ({"window": 4}, True),
+    "dilated_attention": ({"segment_lengths": (4, 8), "dilation_rates": (1, 2)}, True),
+    "sparse_attention": ({"keep_ratio": 0.5}, True),
+    "linear_attention": ({}, False),
+}
+
+
+@pytest.mark.parametrize("mechanism", OTHERS)
+def test_another_mechanism_takes_padding_and_causality_and_says_that_it_is_another(mechanism: str) -> None:
+    options, _ = OTHERS[mechanism]
+    model, x = encoder().eval(), torch.randn(2, N, E)
+    padding = torch.arange(N) >= torch.tensor([[N], [6]])
+    causal = nn.Transformer.generate_square_subsequent_mask(N)
+    with torch.no_grad(), patch(model, mechanism, **options) as report:
+        assert report.changes_function
+        assert "needs training" in str(report)
+        assert triton_attn.explain(model, x).mechanism in (mechanism, "subset_attention")
+        whole, padded = model(x), model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(padded[0], whole[0], rtol=1e-4, atol=1e-5)
+        assert (padded[1, :6] - whole[1, :6]).abs().max() > 1e-3
+        added = torch.zeros(2, N).masked_fill(padding, -torch.inf)
+        both = [model(y, mask=causal, is_causal=True, src_key_padding_mask=added) for y in (x, x * (~padding)[..., None])]
+        torch.testing.assert_close(both[0][1, :6], both[1][1, :6], rtol=1e-4, atol=1e-5)
+        other = x.clone()
+        other[:, 5:] += 1
+        both = [model(y, mask=causal, is_causal=True) for y in (x, other)]
+        torch.testing.assert_close(both[0][:, :5], both[1][:, :5], rtol=1e-4, atol=1e-5)
+        assert (both[0][:, 5:] - both[1][:, 5:]).abs().max() > 1e-3
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention  # type: ignore[index,union-attr]
+
+
+@pytest.mark.parametrize("mechanism", OTHERS)
+def test_another_mechanism_trains_and_compiles(mechanism: str) -> None:
+    options, has_dropout = OTHERS[mechanism]
+    model, x = nn.Sequential(Timm(), encoder()), torch.randn(2, N, E)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.1 * has_dropout
+    patch(model, mechanism, **options)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_another_mechanism_cannot_give_is_refused_by_name() -> None:
+    x, mask = torch.randn(2, N, E), torch.rand(N, N) > 0.5
+    attention = nn.MultiheadAttention(E, H, batch_first=True)
+    patch(attention, "strided_attention", stride=2)
+    with pytest.raises(Unsupported, match=r"^strided_attention cannot give attention weights .*; pass need_weights=False"):
+        attention(x, x, x)
+    with pytest.raises(Unsupported, match=r"^strided_attention takes no attn_mask of shape .* but the causal one"):
+        attention(x, x, x, need_weights=False, attn_mask=mask)
+    with pytest.raises(Unsupported, match=r"adds other numbers than 0 and -inf"):
+        attention(x, x, x, need_weights=False, key_padding_mask=torch.randn(2, N))
+    dropping = nn.MultiheadAttention(E, H, dropout=0.1, batch_first=True)
+    patch(dropping, "linear_attention")
+    with pytest.raises(Unsupported, match=r"^linear_attention has no attention weights to drop"):
+        dropping(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options", "said"),
+    [
+        ("flash", {}, "mechanism is 'flash'; allowed: 'attention', "),
+        ("strided_attention", {}, "stride is missing; strided_attention needs it"),
+        ("strided_attention", {"stride": 2, "window": 4}, "window is no option of strided_attention; allowed: stride, phase"),
+        ("strided_attention", {"stride": 0}, "stride is 0; allowed: a whole number, 1 and more"),
+        ("attention", {"scale": 2.0}, "scale is no option of attention; allowed: none"),
+    ],
+)
+def test_a_wrong_choice_is_refused_before_anything_changes(mechanism: str, options: dict[str, Any], said: str) -> None:
+    model = encoder()
+    with pytest.raises(ArgumentError) as raised:
+        patch(model, mechanism, **options)
+    assert said in str(raised.value)
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention  # type: ignore[index,union-attr]

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
         "torch typer rich platformdirs",
     ),
     "__main__": ("cli", ""),
-    "__init__": ("arguments catalog dispatch tiles functional.* tuning.autotune", ""),
+    "__init__": ("arguments catalog dispatch tiles functional.* tuning.autotune integrations.patching", ""),
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),

@@ -284,10 +284,16 @@ def test_a_window_that_no_mask_carries_raises() -> None:
         attention_forward(torch.nn.Identity(), x, x, x, None, sliding_window=5)
 
 
-def test_packed_sequences_that_no_mask_separates_raise() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_that_no_mask_separates_do_not_see_each_other(causal: bool) -> None:
     x = torch.randn(1, 2, 6, 8, device=DEVICE)
-    with pytest.raises(triton_attn.Unsupported, match="cu_seq_lens_q"):
-        attention_forward(torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 2, 6]))
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=DEVICE)
+    found, _ = attention_forward(torch.nn.Identity(), x, x, x, None, cu_seq_lens_q=ends, is_causal=causal)
+    pieces = [attention_forward(torch.nn.Identity(), y, y, y, None, is_causal=causal)[0] for y in (x[:, :, :2], x[:, :, 2:])]
+    assert_equal(found, torch.cat(pieces, 1))
+    two = x.expand(2, -1, -1, -1)
+    with pytest.raises(triton_attn.Unsupported, match="batch of 2"):
+        attention_forward(torch.nn.Identity(), two, two, two, None, cu_seq_lens_q=torch.tensor([0, 2, 4, 6]))
 
 
 def test_registering_twice_changes_nothing() -> None:

@@ -14,7 +14,7 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig,
 from transformers.models.mamba import modeling_mamba
 
 from triton_attn import Unsupported, use_backend
-from triton_attn.integrations import transformers as integration
+from triton_attn.integrations import transformers_mamba as integration
 from triton_attn.integrations.transformers import patch_mamba
 
 FAMILIES = {"mamba": (MambaConfig, MambaForCausalLM), "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM)}
@@ -114,7 +114,7 @@ def test_it_says_what_it_replaced_and_goes_back() -> None:
     assert patch_mamba() is patch
     assert len(patch.replaced) == 2 * len(originals)
     for module in ("mamba.modeling_mamba", "falcon_mamba.modeling_falcon_mamba"):
-        assert f"transformers.models.{module}.mamba_selective_scan is triton_attn's" in str(patch)
+        assert f"transformers.models.{module}.mamba_selective_scan is now triton_attn.selective_scan" in str(patch)
     assert all(getattr(modeling_mamba, name) is not original for name, original in originals.items())
     patch.undo()
     patch.undo()

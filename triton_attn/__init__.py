@@ -1,5 +1,7 @@
 """Fast attention for PyTorch: Triton kernels, matched references, and a dispatcher that says what it does."""
 
+from typing import TYPE_CHECKING
+
 from triton_attn.arguments import ArgumentError
 from triton_attn.catalog import CATALOG
 from triton_attn.dispatch import Unsupported, explain, use_backend
@@ -23,6 +25,19 @@ from triton_attn.functional.strided_attention import strided_attention
 from triton_attn.functional.subset_attention import subset_attention
 from triton_attn.tuning.autotune import autotune, broadcast_tables
 
+if TYPE_CHECKING:
+    from triton_attn.integrations.patching import patch, sdpa_override
+else:
+
+    def __getattr__(name):
+        # they stand on triton_attn.nn, which a call of a function does not need
+        if name in ("patch", "sdpa_override"):
+            from triton_attn.integrations import patching
+
+            return getattr(patching, name)
+        raise AttributeError(f"module 'triton_attn' has no attribute {name!r}")
+
+
 __all__ = [
     "CATALOG",
     "ArgumentError",
@@ -44,9 +59,11 @@ __all__ = [
     "local_global_attention",
     "norm_matched_add",
     "orthogonal_projection",
+    "patch",
     "performer_attention",
     "ripple_attention",
     "scaled_dot_product_attention",
+    "sdpa_override",
     "selective_scan",
     "selective_scan_fn",
     "selective_state_update",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 
 
 @dataclass
 class Replacement:
-    """The report of a change to a model. `str` of it is a paragraph for people.
+    """The report of a change to a model. `str` of it is a paragraph for people; as a context manager it undoes at the end.
 
     `replaced`: place in the model -> what stands there now. `skipped`: place -> why it was left. `copied`, `initialised`: names of
     parameters that were taken over, and that are new and untrained. `changes_function`: whether outputs are others than before.
@@ -26,10 +27,17 @@ class Replacement:
         while self._undo:
             self._undo.pop()()
 
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
     def __str__(self) -> str:
         lines = [f"{place} is now {what}" for place, what in self.replaced.items()]
         lines += [f"{place} was left: {why}" for place, why in self.skipped.items()]
-        lines.append(f"{len(self.copied)} parameters copied, {len(self.initialised)} new")
+        if self.copied or self.initialised:
+            lines.append(f"{len(self.copied)} parameters copied, {len(self.initialised)} new")
         if self.changes_function:
             lines.append("the model computes another function now; it needs training")
         return "\n".join(lines)

@@ -101,8 +101,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            causality = "top_left" if causal else False
-            out = attention(q, k, v, mask=mask, key_padding_mask=padding, causal=causality, dropout_p=dropout)
+            out = self._attend(q, k, v, mask, padding, "top_left" if causal else False, dropout)
             if need_weights:
                 weights = attention_weights(q, k, mask=mask, key_padding_mask=padding, average=average_attn_weights)
 
@@ -111,6 +110,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = out.permute(0, 2, 1, 3) if self.batch_first and batched else out.permute(2, 0, 1, 3)
         out = out.flatten(2)
         return self.out_proj(out if batched else out[:, 0]), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool | str, dropout: float
+    ) -> Tensor:
+        out: Tensor = attention(q, k, v, mask=mask, key_padding_mask=padding, causal=causal, dropout_p=dropout)
+        return out
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """(N, H, length, head_dim) each, in one product where the inputs are one tensor; views of the result, never copies."""
