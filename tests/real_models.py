@@ -22,6 +22,13 @@ from torch import Tensor, nn
 
 from triton_attn import bench, operators, patch, use_backend
 
+# torchvision's wheel is built for CUDA; beside a CPU torch it imports if two of its operators are known by name
+if importlib.util.find_spec("torchvision"):
+    _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
+        if not hasattr(torch.ops.torchvision, _schema.partition("(")[0]):
+            _library.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
+
 PAGE, MARK = Path(__file__).parents[1] / "docs" / "integrations.md", "<!-- python -m tests.real_models --write -->\n"
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SMALL, "vocab_size": 99}

@@ -9,18 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import tests.real_models  # noqa: F401  makes torchvision importable
 from triton_attn.integrations.open_clip import param_groups, replace_transformer_in_model
 from triton_attn.nn import EnhancedTransformer
 from triton_attn.nn.enhanced_transformer import BLOCK_TYPES
 
 if not (importlib.util.find_spec("open_clip") and importlib.util.find_spec("torchvision") and importlib.util.find_spec("sklearn")):
     pytest.skip("needs open_clip, torchvision and scikit-learn", allow_module_level=True)
-
-# torchvision's wheel is built for CUDA; beside a CPU torch it imports if two of its operators are known by name
-_library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
-    if not hasattr(torch.ops.torchvision, _schema.partition("(")[0]):
-        _library.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
 
 open_clip = pytest.importorskip("open_clip")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import triton_attn
 from triton_attn import ArgumentError, Unsupported, patch, sdpa_override, use_backend
+from triton_attn.integrations import torch_sdpa
 from triton_attn.nn import MultiheadAttention
 
 E, H, N = 16, 4, 9
@@ -284,3 +285,37 @@ def test_a_wrong_choice_is_refused_before_anything_changes(mechanism: str, optio
         patch(model, mechanism, **options)
     assert said in str(raised.value)
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention  # type: ignore[index,union-attr]
+
+
+# torch's registry of implementations
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [2, 1])
+def test_what_torch_s_registry_gets_computes_torch_s_function(causal: bool, heads: int) -> None:
+    pytest.importorskip("triton")
+    query, key, value = (torch.randn(1, h, n, 16, requires_grad=True) for h, n in ((2, 9), (heads, 12), (heads, 12)))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    grad = torch.randn_like(expected)
+    with torch.no_grad():
+        out, lse, *_, seed, offset, _ = torch_sdpa._forward(query, key, value, 0.0, causal)
+        found = torch_sdpa._backward(grad, query, key, value, out, lse, None, None, 9, 12, 0.0, causal, seed, offset)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, (query, key, value), grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Unsupported, match=r"^triton_attn cannot give dropout_p=0.1"):
+        torch_sdpa._forward(query, key, value, 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*verrid")  # torch says that its kernel is overridden
+def test_torch_s_registry_activates_and_restores() -> None:
+    from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
+
+    name = torch_sdpa.register()
+    assert current_flash_attention_impl() is None
+    activate_flash_attention_impl(name)
+    try:
+        assert current_flash_attention_impl() == name
+    finally:
+        restore_flash_attention_impl()
+    assert current_flash_attention_impl() is None
