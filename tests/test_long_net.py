@@ -99,3 +99,35 @@ def test_a_wrong_argument_is_named(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ArgumentError) as raised:
         LongNet(**{**SMALL, **changed})
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("how", [{"checkpointing": True}, {"chunk": 5}, {"checkpointing": True, "chunk": 32}], ids=str)
+def test_what_saves_memory_changes_no_loss_and_no_gradient(how: dict[str, Any]) -> None:
+    plain, saving, given = model(), model(**how), tokens()
+    expected = F.cross_entropy(plain(given[:, :-1]).flatten(0, 1), given[:, 1:].flatten())
+    torch.testing.assert_close(plain.loss(given), expected)
+    found = saving.loss(given)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x, list(network.parameters())) for x, network in ((expected, plain), (found, saving)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(saving(given), plain(given))
+
+
+def test_xpos_says_how_far_its_factors_reach() -> None:
+    rotary = Rotary(8, 4.0)
+    cos, sin, factor = rotary(560, torch.device("cpu"))
+    assert factor is not None
+    assert factor.isfinite().all()
+    assert (factor > 0).all()
+    with pytest.raises(
+        ArgumentError, match=r"has 1000 of them; allowed with xpos: up to 562, or position='rotary' or an xpos_scale_base from 8"
+    ):
+        rotary(1000, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1)])
+def test_a_loss_needs_two_tokens(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ArgumentError, match="tokens has shape"):
+        model().loss(torch.zeros(shape, dtype=torch.int64))

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "triton_attn"
 MOST_LINES, MOST_LINES_OF_CASES = 350, 450  # tests are tables of cases
 
 BELOW = "mechanism device arguments tiles dispatch operators"
-WORKERS = "verify bench capacity offline teeth tuning.tune tuning.ledger tuning.without_gpu tuning.autotune tuning.__init__"
+WORKERS = "verify bench offline teeth tuning.tune tuning.ledger tuning.without_gpu tuning.autotune tuning.__init__"
 
 # room: what it may import of ours, and of others beside the standard library; the first row that fits counts
 MAY_IMPORT: dict[str, tuple[str, str]] = {
@@ -43,8 +43,10 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "report.*": (f"{BELOW} catalog testing.* {WORKERS} report.*", "torch rich jinja2 markupsafe matplotlib markdown_it"),
     "command_line": ("mechanism device report.* __init__", "torch typer"),
     "tuning.command": (f"{BELOW} catalog {WORKERS} report.* command_line", "torch typer"),
+    "capacity.command": (f"{BELOW} __init__ arguments capacity.* report.* command_line", "typer"),
+    "capacity.*": (f"{BELOW} __init__ arguments catalog models.* nn.* capacity.*", "torch triton torchao matplotlib"),
     "cli": (
-        f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command vit.commands command_line __init__",
+        f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command capacity.command vit.commands command_line __init__",
         "torch typer rich platformdirs",
     ),
     "__main__": ("cli", ""),

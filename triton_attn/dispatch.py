@@ -53,6 +53,7 @@ class _Local(threading.local):
 
     backend: str | None = None
     explaining = False
+    simulating = False
 
 
 _local = _Local()
@@ -84,6 +85,16 @@ class use_backend:
         _local.backend = self.before.pop()
 
 
+class simulate_kernels:
+    """Calls of this thread take kernels as on a GPU of the newest capability, for tensors that have shapes and no numbers."""
+
+    def __enter__(self) -> None:
+        self.before, _local.simulating = _local.simulating, True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _local.simulating = self.before
+
+
 def backend() -> str:
     """The backend asked for in this thread."""
     return _local.backend or _known(device.DEFAULT_BACKEND, "environment", "TRITON_ATTN_BACKEND")
@@ -95,7 +106,7 @@ def choose(row: Mechanism, tensors: Tensors, options: Options | None = None) -> 
     if asked in ("portable", "reference"):
         return asked
     first = next(iter(tensors.values()))
-    if asked == "auto" and first.device.type == "cpu":
+    if asked == "auto" and first.device.type == "cpu" and not _local.simulating:
         return "portable"
     reasons = refusals(row, tensors, options)
     if not reasons:
@@ -109,8 +120,8 @@ def refusals(row: Mechanism, tensors: Tensors, options: Options | None = None) -
     """Why no kernel at all may run; what one variant lacks another may have (see `pick`)."""
     name, first = next(iter(tensors.items()))
     reasons = []
-    if first.is_cuda:
-        why = _gpu_refusal(first.device.index)
+    if first.is_cuda or _local.simulating:
+        why = "" if _local.simulating else _gpu_refusal(first.device.index)
         if why:
             reasons.append(why)
         if options is not None:  # what the most general kernel refuses, all of them do

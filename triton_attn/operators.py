@@ -30,6 +30,11 @@ def define(rows: Sequence[Mechanism]) -> None:
         _OPERATORS[row.name] = Operator(row)
 
 
+def operator(row: Mechanism) -> Operator:
+    """The operators of a row."""
+    return _OPERATORS[row.name]
+
+
 def draw_seed(where: torch.device) -> Tensor:
     """One int64 from torch's generator of the device: checkpointing replays it, manual_seed fixes it."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from triton_attn import ArgumentError, arguments, attention, dilated_attention
 from triton_attn.nn import magneto_gain
@@ -30,6 +32,9 @@ class LongNet(nn.Module):
         position: "rotary", or "xpos": rotary with queries and keys scaled by their distance.
         xpos_scale_base: tokens over which "xpos" decays by its factor.
         mode, offset_rule, overlap: as in `triton_attn.dilated_attention`.
+        checkpointing: keep what enters a block, and compute its inside again in the backward pass.
+        chunk: tokens that go through an MLP at a time; a sixteenth of them goes through the wider logits of `loss`. The inside of either is
+            computed again in the backward pass. None: all at once.
         device, dtype: of the parameters.
 
     Raises:
@@ -55,10 +60,14 @@ class LongNet(nn.Module):
         mode: str = "longnet",
         offset_rule: str = "block",
         overlap: str = "count",
+        checkpointing: bool = False,
+        chunk: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.checkpointing = arguments.flag(self, "checkpointing", checkpointing)
+        self.chunk = None if chunk is None else arguments.whole(self, "chunk", chunk, 1)
         for argument, given in (("num_tokens", num_tokens), ("dim", dim), ("depth", depth), ("heads", heads)):
             arguments.whole(self, argument, given, 1)
         if dim % (2 * heads):
@@ -74,7 +83,8 @@ class LongNet(nn.Module):
         self.embedding = nn.Embedding(num_tokens, dim, **factory)
         self.positions = Rotary(dim // heads, xpos_scale_base if position == "xpos" else None)
         arguments.probability(self, "dropout", dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, round(mlp_ratio * dim), dropout, options, factory) for _ in range(depth))
+        hidden = round(mlp_ratio * dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, options, self.chunk, factory) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, **factory)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         for block in self.blocks:
@@ -87,13 +97,33 @@ class LongNet(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N) whole numbers -> (B, N, num_tokens), logits of what follows each."""
+        return F.linear(self.norm(self._states(tokens)), self.embedding.weight)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """The mean cross entropy, in nats, of each of (B, N + 1) tokens after those before it; with `chunk` the logits are never whole."""
+        if tokens.ndim != 2 or tokens.shape[1] < 2:
+            raise ArgumentError(self.name, "tokens", f"has shape {tuple(tokens.shape)}; allowed: (B, N + 1), N of 1 and more")
+        states, targets = self._states(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        if self.chunk is None:
+            return self._entropy(states, targets) / targets.numel()
+        rows = max(1, self.chunk // 16)
+        parts = zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
+        sums = [checkpoint(self._entropy, *part, use_reentrant=False) for part in parts]
+        return torch.stack(sums).sum() / targets.numel()
+
+    def _entropy(self, states: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(self.norm(states), self.embedding.weight)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+
+    def _states(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ArgumentError(self.name, "tokens", f"is {tokens.dtype} of shape {tuple(tokens.shape)}; allowed: whole numbers, (B, N)")
-        x = self.embedding(tokens)
+        x: Tensor = self.embedding(tokens)
         turns = self.positions(tokens.shape[1], tokens.device)
         for block in self.blocks:
-            x = block(x, turns)
-        return F.linear(self.norm(x), self.embedding.weight)
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, turns, use_reentrant=False) if again else block(x, turns)
+        return x
 
     @torch.no_grad()
     def generate(
@@ -149,6 +179,11 @@ class Rotary(nn.Module):
         angle = place * self.frequency.to(device)
         if self.scale_base is None:
             return angle.cos(), angle.sin(), None
+        # at the ends the first factor is 3.5 ** (length / 2 / base), which float32 holds up to 2 ** 127
+        most = int(2 * self.scale_base * 127 * math.log(2) / math.log(3.5))
+        if length > most:
+            instead = f"position='rotary' or an xpos_scale_base from {math.ceil(length / most * self.scale_base)}"
+            raise ArgumentError("LongNet", "tokens", f"has {length} of them; allowed with xpos: up to {most}, or {instead}")
         decay = (torch.arange(0, self.width, 2, device=device) + 0.4 * self.width) / (1.4 * self.width)
         return angle.cos(), angle.sin(), decay ** ((place - length // 2) / self.scale_base)
 
@@ -162,9 +197,11 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP, each with a norm before and one inside."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, options: dict[str, Any], factory: dict[str, Any]) -> None:
+    def __init__(
+        self, dim: int, heads: int, hidden: int, dropout: float, options: dict[str, Any], chunk: int | None, factory: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.heads, self.dropout, self.options = heads, dropout, options
+        self.heads, self.dropout, self.options, self.chunk = heads, dropout, options, chunk
         self.attn_norm = nn.LayerNorm(dim, **factory)
         self.qkv_proj = nn.Linear(dim, 3 * dim, **factory)
         self.inner_norm = nn.LayerNorm(dim, **factory)
@@ -192,5 +229,12 @@ class Block(nn.Module):
         call = dilated_attention if self.options else attention
         out = call(query, key, value, causal=True, dropout_p=dropout, **self.options)
         x = x + F.dropout(self.out_proj(self.inner_norm(out.transpose(1, 2).reshape(b, n, dim))), self.dropout, self.training)
+        if self.chunk is None or self.chunk >= n:
+            return self._with_mlp(x)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._with_mlp(part) for part in torch.split(x, self.chunk, 1)], 1)
+        return torch.cat([checkpoint(self._with_mlp, part, use_reentrant=False) for part in torch.split(x, self.chunk, 1)], 1)
+
+    def _with_mlp(self, x: Tensor) -> Tensor:
         hidden = self.hidden_norm(F.gelu(self.fc1(self.mlp_norm(x))))
         return x + F.dropout(self.fc2(hidden), self.dropout, self.training)

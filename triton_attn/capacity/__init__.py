@@ -1,0 +1,21 @@
+"""How long a sequence a GPU can train on: the real training step on tensors that have shapes and no numbers, its memory counted."""
+
+from triton_attn.capacity.memory import Peak, peak_of, readable, workspace
+from triton_attn.capacity.search import growth, longest
+from triton_attn.capacity.training import ATTENTIONS, COMPONENTS, DTYPES, MODELS, OPTIMIZERS, Setup, step_of
+
+__all__ = [
+    "ATTENTIONS",
+    "COMPONENTS",
+    "DTYPES",
+    "MODELS",
+    "OPTIMIZERS",
+    "Peak",
+    "Setup",
+    "growth",
+    "longest",
+    "peak_of",
+    "readable",
+    "step_of",
+    "workspace",
+]
