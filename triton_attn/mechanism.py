@@ -152,7 +152,7 @@ class Mechanism:
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # arguments of `function` that are tuples of inputs
     backward_share: float = 2.5  # products of a backward pass, as a multiple of the forward's
     draws: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # sizes worth drawing, of axes that are not as usual
-    public: tuple[str, ...] = ()  # arguments that say how tensors are to be read, and that no implementation sees
+    public: tuple[str, ...] = ()  # arguments that act before dispatch, and that no implementation sees
 
     @property
     def differentiable(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,6 +30,7 @@ def dilated_attention(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -52,6 +54,8 @@ def dilated_attention(
         offset_rule: which tokens of a segment head h selects: those at phase o, o + r, ... With "block" o = h // ceil(H / r), with
             "mod" o = h mod r.
         overlap: "count": a key that several branches share counts once for each; "unique": once.
+        detach_mixing: torchscale's gradient, which takes the branches' weights in the mixture for constants: for going on with what was
+            trained so. The output is the same. A call for each branch, whose outputs are kept; dropout falls apart for each branch.
         key_padding_mask: (B, N) boolean, True = ignore. What lies there, NaN included, reaches neither output nor gradients.
         causal: False; True, "top_left" or "bottom_right", which are one: query i sees no key after itself.
         scale: multiplies the scores; D ** -0.5 if None.
@@ -77,6 +81,18 @@ def dilated_attention(
     )
     if len(lengths) != len(rates):
         raise arguments.ArgumentError(ROW.name, "dilation_rates", f"has {len(rates)} numbers; allowed: {len(lengths)}, as segment_lengths")
+    if arguments.flag(ROW, "detach_mixing", detach_mixing) and mode == "longnet" and len(lengths) > 1:
+        if overlap == "unique":
+            raise arguments.ArgumentError(ROW.name, "overlap", "is 'unique' beside detach_mixing; allowed: 'count', as branches are apart")
+        same: dict[str, Any] = {"offset_rule": offset_rule, "key_padding_mask": key_padding_mask, "causal": causal, "scale": scale}
+        alone = [
+            dilated_attention(
+                query, key, value, segment_lengths=(length,), dilation_rates=(rate,), dropout_p=dropout_p, return_lse=True, **same
+            )
+            for length, rate in zip(lengths, rates, strict=True)
+        ]
+        out, lse = _mixed(*zip(*alone, strict=True))
+        return (out, lse) if return_lse else out
     options = {
         "segment_lengths": lengths,
         "dilation_rates": rates,
@@ -86,6 +102,16 @@ def dilated_attention(
         **softmax.common_options(ROW, sizes, causal, scale, dropout_p),
     }
     return operators.run(ROW, tensors, options, return_lse)
+
+
+def _mixed(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Branches by constant weights, and the log-sum-exp of all."""
+    every = torch.stack(tuple(lses))
+    lse = every.logsumexp(0)
+    # a query that no branch selects weighs nothing
+    weights = (every - lse.masked_fill(lse == -torch.inf, 0.0)).exp().detach().unsqueeze(-1)
+    mixed = sum(weight * out for weight, out in zip(weights, outs, strict=True))
+    return mixed.to(outs[0].dtype), lse
 
 
 def _pointers() -> Code:
@@ -180,4 +206,5 @@ ROW = Mechanism(
     laws=softmax.PATTERN_LAWS,
     reduction=Reduction(_one_segment, attention),
     exact_pairs=False,
+    public=("detach_mixing",),
 )

@@ -27,6 +27,7 @@ class DilatedAttention(nn.Module):
             dilated-attention-pytorch.
         offset_rule: which tokens a head selects, "block" (torchscale) or "mod" (the paper).
         overlap: whether a key that several branches share counts in each, "count", or once, "unique".
+        detach_mixing: torchscale's gradient, without that of the mixture's weights.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
@@ -45,6 +46,7 @@ class DilatedAttention(nn.Module):
         mode: str = "longnet",
         offset_rule: str = "block",
         overlap: str = "count",
+        detach_mixing: bool = False,
     ) -> None:
         super().__init__()
         if op is not None:
@@ -55,6 +57,7 @@ class DilatedAttention(nn.Module):
         self.mode = arguments.choice(self, "mode", mode, MODES)
         self.offset_rule = arguments.choice(self, "offset_rule", offset_rule, RULES)
         self.overlap = arguments.choice(self, "overlap", overlap, OVERLAPS)
+        self.detach_mixing = arguments.flag(self, "detach_mixing", detach_mixing)
 
     @property
     def name(self) -> str:
@@ -87,6 +90,7 @@ class DilatedAttention(nn.Module):
             mode=self.mode,
             offset_rule=self.offset_rule,
             overlap=self.overlap,
+            detach_mixing=self.detach_mixing,
             key_padding_mask=key_padding_mask,
             causal=is_causal,
             scale=self.softmax_scale,
@@ -104,7 +108,7 @@ class ImprovedDilatedAttention(DilatedAttention):
         dropout: share of attention weights dropped in training.
         use_tf32: whether float32 products of the forward call may be rounded to TF32; None: torch's own setting, which it never changes
             beyond the call.
-        softmax_scale, mode, offset_rule, overlap: as in `DilatedAttention`.
+        softmax_scale, mode, offset_rule, overlap, detach_mixing: as in `DilatedAttention`.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.

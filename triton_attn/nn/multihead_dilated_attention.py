@@ -30,7 +30,7 @@ class MultiheadDilatedAttention(nn.Module):
             decoder, as `magneto_gain` computes it.
         batch_first: (B, N, embed_dim); False: (N, B, embed_dim).
         qk_norm: normalise queries and keys over embed_dim.
-        mode, offset_rule, overlap: as in `DilatedAttention`.
+        mode, offset_rule, overlap, detach_mixing: as in `DilatedAttention`.
         device, dtype: of the parameters.
 
     Raises:
