@@ -95,14 +95,16 @@ def test_adapters_stand_around_its_clip_and_leave_it_alone(scaled: bool) -> None
     scale = {"ls_init_value": 0.5} if scaled else {}
     vision = {"layers": 4, "width": 24, "head_width": 8, "patch_size": 8, "image_size": 32, **scale}
     text = {"context_length": 9, "vocab_size": 32, "width": 16, "heads": 2, "layers": 3, **scale}
-    clip = open_clip.model.CLIP(16, vision, text).double().eval()
+    # frozen before too: nn.MultiheadAttention takes another path for parameters that need gradients
+    clip = open_clip.model.CLIP(16, vision, text).double().eval().requires_grad_(False)
     images, words = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randint(1, 30, (2, 9))
     words[:, 5], words[:, 6:] = 31, 0
     with torch.no_grad():
         seen, meant = clip.encode_image(images), clip.encode_text(words)
     model: Any = AdaptedCLIPWithCrossAttention(clip, 0.1, 0.1, 2, 2, (2, 4), cross_attn_heads=2, cross_attn_dropout=0.0)
-    assert torch.equal(model.encode_text(words, adapt_text=False), meant)
-    patches, cls = model.forward_original(images)
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(words, adapt_text=False), meant)
+        patches, cls = model.forward_original(images)
     assert torch.equal(cls, seen)
     assert patches[0].shape == (2, 16, 16)
     plain: Any = AdaptedCLIPWithCrossAttention(clip, 0.0, 0.0, 2, 2, (2, 4), cross_attn_heads=2, value_layers=0)
