@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "command_line": ("mechanism device report.* __init__", "torch typer"),
     "tuning.command": (f"{BELOW} catalog {WORKERS} report.* command_line", "torch typer"),
     "cli": (
-        f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command vit.commands command_line __init__",
+        f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command vit.commands clip.commands command_line __init__",
         "torch typer rich platformdirs",
     ),
     "__main__": ("cli", ""),
@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
+    "clip.*": ("__init__ arguments models.* clip.*", "torch typer rich yaml numpy PIL matplotlib sklearn transformers open_clip"),
     "vit.*": ("__init__ arguments models.* vit.*", "torch typer sklearn"),
     "integrations.*": ("__init__ arguments refusals nn.* integrations.*", "torch transformers open_clip timm"),
 }
