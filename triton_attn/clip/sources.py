@@ -66,7 +66,14 @@ def _tiny(image_size: int) -> Source:
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = transformers.CLIPConfig(
-        text_config={**text, "vocab_size": END + 1, "max_position_embeddings": TOKENS, "eos_token_id": END},
+        text_config={
+            **text,
+            "vocab_size": END + 1,
+            "max_position_embeddings": TOKENS,
+            "eos_token_id": END,
+            "bos_token_id": BEGIN,
+            "pad_token_id": 0,
+        },
         vision_config={**vision, "image_size": image_size, "patch_size": 8},
         projection_dim=64,
         # transformers' own range leaves tokens hardly different from each other
