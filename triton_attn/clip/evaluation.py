@@ -20,7 +20,10 @@ NAME = "train-clip-adapter"
 
 @dataclass(frozen=True)
 class Scores:
-    """Areas under the receiver operating characteristic, 0.5 is chance: of pixels, and of images (NaN if all or none are damaged)."""
+    """Areas under the receiver operating characteristic, 0.5 is chance: of pixels, and of images (NaN if all or none are damaged).
+
+    An image's score is the mean of its worst pixel's and of the whole image's.
+    """
 
     pixel_auroc: float
     image_auroc: float
@@ -99,9 +102,10 @@ def evaluate(
     found: list[tuple[Any, ...]] = []
     for batch in batches(samples, loader, batch_size, device):
         share, whole = anomaly_map(model, batch, tokens, cross_attention=cross_attention, image_cross_attention=image_cross_attention)
-        found.append((share.flatten().cpu(), batch.masks.flatten().cpu(), whole.cpu(), batch.labels.cpu()))
-    shares, mask, scores, labels = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        scores = (whole + share.flatten(1).amax(1)) / 2
+        found.append((share.flatten().cpu(), batch.masks.flatten().cpu(), scores.cpu(), batch.labels.cpu()))
+    shares, mask, worst, labels = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     if mask.min() == mask.max():
         raise ArgumentError(NAME, "data", f"has {len(samples)} images whose pixels are all alike; allowed: whole and damaged ones")
-    image = roc_auc_score(labels, scores) if labels.min() != labels.max() else float("nan")
+    image = roc_auc_score(labels, worst) if labels.min() != labels.max() else float("nan")
     return Scores(float(roc_auc_score(mask, shares)), float(image))
