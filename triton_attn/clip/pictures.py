@@ -48,11 +48,11 @@ def heat_map(image: Tensor, mask: Tensor, maps: Mapping[str, Tensor], loader: Lo
     figure, panels = _figure(2.4 * (2 + len(maps)), 2.8, 2 + len(maps))
     panels[0].imshow(pixels)
     panels[0].set_title("image")
-    panels[1].imshow(mask.cpu(), cmap="gray", vmin=0, vmax=1)
+    panels[1].imshow(mask.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
     panels[1].set_title("mask")
     for panel, (title, values) in zip(panels[2:], maps.items(), strict=True):
         panel.imshow(pixels)
-        panel.imshow(values.cpu(), cmap="inferno", alpha=0.75, vmin=0, vmax=1)
+        panel.imshow(values.cpu().numpy(), cmap="inferno", alpha=0.75, vmin=0, vmax=1)
         panel.set_title(title)
     for panel in panels:
         panel.axis("off")
@@ -66,7 +66,7 @@ def word_attention(image: Tensor, weights: Mapping[str, Tensor], loader: Loader,
     panels[0].set_title("image")
     low, high = (f(float(f(x.flatten().tolist())) for x in weights.values()) for f in (min, max))
     for panel, (word, values) in zip(panels[1:], weights.items(), strict=True):
-        panel.imshow(values.detach().cpu(), cmap="viridis", vmin=low, vmax=high)
+        panel.imshow(values.detach().cpu().numpy(), cmap="viridis", vmin=low, vmax=high)
         panel.set_title(word)
     for panel in panels:
         panel.axis("off")
