@@ -195,6 +195,29 @@ def test_bytes_are_tokens_with_a_begin_and_an_end() -> None:
     assert found[1, -1] == sources.END
 
 
+def test_a_folder_of_transformers_is_a_source_with_its_own_tokenizer(data: Path, tmp_path: Path) -> None:
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    transformers: Any = pytest.importorskip("transformers")
+
+    from tests.small_clip import END, TOKENS, small_clip
+
+    words = {word: at for at, word in enumerate(["pad", "a", "photo", "of", "damaged", "temple", "flower", "the", "broken", "with"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({**words, "unk": 11, "begin": 12, "end": END}, unk_token="unk"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing("begin $A end", special_tokens=[("begin", 12), ("end", END)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="pad", unk_token="unk", eos_token="end")
+    small_clip().save_pretrained(tmp_path / "clip")
+    fast.save_pretrained(tmp_path / "clip")
+    source = sources.load(f"transformers:{tmp_path / 'clip'}")
+    assert source.loader.side == SIDE
+    found = source.tokenizer(["a photo of a damaged temple"])
+    assert found.tolist() == [[12, 1, 2, 3, 1, 4, 5, END, 0]]
+    assert found.shape == (1, TOKENS)
+    given = {"clip": f"transformers:{tmp_path / 'clip'}", "image_size": None, "levels": (2, 5), "text_epochs": 1, "image_epochs": 1}
+    run = training.train(small(data, **given), tmp_path / "run")
+    assert 0.0 <= run.score().pixel_auroc <= 1.0
+
+
 # settings and the command
 
 

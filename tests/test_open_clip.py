@@ -133,3 +133,23 @@ def test_adapters_stand_around_its_clip_and_leave_it_alone(scaled: bool) -> None
     assert model.text_cross_attn.q_proj.weight.grad.abs().max() > 0
     with pytest.raises(ArgumentError, match="force_image_size"):
         model(torch.randn(1, 3, 40, 40, dtype=torch.float64))
+
+
+def test_its_models_and_tokenizers_are_a_source_for_training() -> None:
+    """ViT-B-32 with random weights by name, with another image size; sentences of a class beside two images."""
+    from triton_attn.clip import prompts, sources
+
+    source = sources.load("open_clip:ViT-B-32", 64)
+    assert source.loader.side == 64
+    tokens = prompts.tokens_of(["metal_nut"], source.tokenizer)
+    assert [part.shape for part in tokens["metal_nut"]] == [(6, 77), (10, 77)]
+    model = AdaptedCLIPWithCrossAttention(source.clip, levels=(3, 6, 9, 12)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found = prompts.embeddings(model, tokens, ["metal_nut"] * 2, model.compute_image_context(images))
+        levels, _ = model(images)
+    assert found.shape == (2, 512, 2)
+    assert (found[0] - found[1]).abs().max() > 1e-5
+    assert [level.shape for level in levels] == [(2, 4, 512)] * 4
+    with pytest.raises(ArgumentError, match="which open_clip cannot load"):
+        sources.load("open_clip:ViT-Nothing")
