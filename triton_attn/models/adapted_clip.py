@@ -34,8 +34,8 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
         text_cross_attn_weight, image_cross_attn_weight: of their sums.
         cross_attn_residual: "norm_matched", or "add" for the state of the original before it matched norms; see
             `nn.CrossAttentionModule`.
-        context_reduce: None: one context for each image. "mean": as many texts as there are not images get the mean of all images,
-            as in the original.
+        context_reduce: None: one context for each image. "mean": where texts are not as many as images, all get the images' mean,
+            as in the original; of (N, T) texts.
         value_layers: how many of the last vision blocks attend to values by values for dense features; None: from the first level's
             block on, which of a ViT-L is 19.
         normalize_context: see `nn.image_context`.
