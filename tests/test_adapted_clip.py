@@ -292,6 +292,33 @@ def test_cross_attention_without_text_is_refused() -> None:
         make()(pictures(2, DOUBLE), use_cross_attention=True)
 
 
+def test_both_towers_compile_in_one_graph() -> None:
+    model, text, images = make(torch.float32), texts(1, 3), pictures()
+    model.set_image_context(model.compute_image_context(images))
+    words: Any = torch.compile(model.encode_text, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(words(text), model.encode_text(text), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(words(text), model.encode_text(text), rtol=1e-4, atol=1e-5)
+    seen: Any = torch.compile(lambda x: model(x)[1], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(seen(images), model(images)[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_halves_say_what_floats_say(how: str) -> None:
+    model, text, images = make(torch.float32), texts(1, 4), pictures()
+    context = model.compute_image_context(images)
+    expected, levels = model.get_adapted_text_embedding((text[:, :2], text[:, 2:]), context), model(images)[0]
+    half = model if how == "autocast" else model.bfloat16()
+    given = torch.bfloat16 if how == "bfloat16" else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = half.get_adapted_text_embedding((text[:, :2], text[:, 2:]), context.to(given))
+        found.square().sum().backward()
+        others = half(images.to(given))[0]
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.03)
+    torch.testing.assert_close(others[-1].float(), levels[-1], rtol=0.05, atol=0.03)
+    assert half.text_cross_attn.q_proj.weight.grad.isfinite().all()
+
+
 # states and arguments
 
 FULL = {

@@ -158,7 +158,7 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
     def _context(self) -> Tensor | ProjectedContext | None:
         """Keys and values once for all calls beside one context, where no gradient goes through them."""
         context = self.current_image_context
-        if context is None or torch.is_grad_enabled() or self.context_reduce is not None:
+        if context is None or torch.is_grad_enabled() or self.context_reduce is not None or torch.compiler.is_compiling():
             return context
         module = self.text_cross_attn
         held = (*module.k_proj.parameters(), *module.v_proj.parameters())
@@ -188,7 +188,7 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
             return self.towers.encode_text(text)
         flat = self._flat(text)
         ends = self.towers.text_ends(flat)
-        if self.trim_text and len(ends):
+        if self.trim_text and len(ends) and not torch.compiler.is_compiling():  # a graph's shapes depend on no values
             text = text[..., : int(ends.max()) + 1]
         x, lead = self._after_first(text)
         for index in range(1, self.towers.text_layers):
