@@ -109,3 +109,16 @@ def test_the_linear_text_example_trains_each_and_writes_what_it_reads(capsys: py
     assert len({size for _, size in rows}) == 1
     (apart,) = re.findall(r"differ by ([\d.e+-]+) at most", shown)
     assert float(apart) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
+def test_the_defects_example_finds_more_than_before_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for needed in ("sklearn", "transformers", "matplotlib"):
+        pytest.importorskip(needed)
+    small = ["--each", "3", "--side", "32", "--text-epochs", "2", "--image-epochs", "10"]
+    assert example("clip_defects").main([*small, "--output-dir", str(tmp_path)]) == 0
+    rows = re.findall(r"^\| (with|without) \| (no|yes) \| ([\d.]+) \|", capsys.readouterr().out, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("with", "no"), ("with", "yes"), ("without", "no"), ("without", "yes")]
+    before, after = ([float(score) for _, trained, score in rows if trained == kind] for kind in ("no", "yes"))
+    assert min(after) > max(0.75, *before)
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("heat_map.png", "words.png"))

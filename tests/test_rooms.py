@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "capacity.command": (f"{BELOW} __init__ arguments capacity.* report.* command_line", "typer"),
     "capacity.*": (f"{BELOW} __init__ arguments catalog models.* nn.* capacity.*", "torch triton torchao matplotlib"),
     "cli": (
-        f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command capacity.command vit.commands command_line __init__",
+        f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command capacity.command "
+        "vit.commands clip.commands command_line __init__",
         "torch typer rich platformdirs",
     ),
     "__main__": ("cli", ""),
@@ -54,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
     "nn.*": ("__init__ arguments refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
+    "clip.*": ("__init__ arguments models.* clip.*", "torch typer rich yaml numpy PIL matplotlib sklearn transformers open_clip"),
     "vit.*": ("__init__ arguments models.* vit.*", "torch typer sklearn"),
     "integrations.*": ("__init__ arguments refusals nn.* integrations.*", "torch transformers open_clip timm"),
 }

@@ -1,4 +1,4 @@
-"""The command line: triton-attn {list,explain,verify,teeth,compile,tune,bench,report,capacity,vit}.
+"""The command line: triton-attn {list,explain,verify,teeth,compile,tune,bench,report,capacity,vit,train-clip-adapter}.
 
 Exit codes: 0 right, 1 something is wrong, 2 a bad argument. With --json, standard output holds one JSON object per line and nothing else.
 """
@@ -21,6 +21,7 @@ except ModuleNotFoundError:
     raise SystemExit("triton-attn: the command line needs more packages: pip install 'triton-attn[cli]'") from None
 
 from triton_attn.capacity import command as capacity
+from triton_attn.clip import commands as clip
 from triton_attn.command_line import (
     DTYPES,
     BadArgument,
@@ -54,6 +55,7 @@ app.add_typer(vit.app, name="vit")
 app.command("tune")(tuning.tune)
 app.command("capacity")(capacity.capacity)
 app.command("report")(reporting.report)
+app.command("train-clip-adapter")(clip.train_clip_adapter)
 
 
 def _print_version(asked: bool) -> None:

@@ -1,0 +1,1 @@
+"""Training of models.AdaptedCLIPWithCrossAttention on images with masks of defects, behind `triton-attn train-clip-adapter`."""
