@@ -299,7 +299,10 @@ RULES: list[tuple[Rule, tuple[str, ...], list[tuple[str, str]]]] = [
             (RESTRICTED, "import pickle\npickle.loads(b'')"),
             (RESTRICTED, "from pickle import load"),
             (RESTRICTED, "import pickle\nclass A(pickle.Unpickler): pass"),
-            (RESTRICTED, "import pickle\nclass A(pickle.Unpickler):\n    def find_class(self, m, n):\n        return super().find_class(m, n)"),
+            (
+                RESTRICTED,
+                "import pickle\nclass A(pickle.Unpickler):\n    def find_class(self, m, n):\n        return super().find_class(m, n)",
+            ),
         ],
     ),
     (

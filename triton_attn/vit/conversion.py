@@ -70,13 +70,17 @@ def tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file")
+    named: list[str] = []
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Unread, name) for name in named]):
             held = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise ArgumentError("vit", "checkpoint", f"{path} cannot be read: {said}; allowed: what torch.save wrote") from error
+        # not torch's own words, which advise to run whatever the file names
+        said = f" beside what it names, {', '.join(sorted(named))[:200]}" if named else ""
+        raise ArgumentError(
+            "vit", "checkpoint", f"{path} cannot be read{said}; allowed: what torch.save wrote, with a plain class"
+        ) from error
     state = held.get(STATE) if isinstance(held, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ArgumentError("vit", "checkpoint", f"{path} has no tensors under '{STATE}'; allowed: a checkpoint of Linear-ViT")

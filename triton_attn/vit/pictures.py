@@ -164,8 +164,8 @@ def attention(bests: Sequence[Path], data_dir: Path | None, count: int) -> Figur
         with torch.no_grad():
             maps = class_attention(model, images.ready(pixels))
         for row in range(min(count, len(pixels))):
-            grid[row, 0].imshow(pixels[row].permute(1, 2, 0), cmap="gray")
-            grid[row, column].imshow(maps[row], cmap="viridis", vmin=0)
+            grid[row, 0].imshow(pixels[row].permute(1, 2, 0).numpy(), cmap="gray")
+            grid[row, column].imshow(maps[row].numpy(), cmap="viridis", vmin=0)
         grid[0, column].set_title(given.attention_type, fontsize=8)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from triton_attn.vit.settings import Settings, model
 
 FORWARD, TRAINING = "forward", "training"
+SECONDS = 2.0  # of rounds, where nobody says
 Size = tuple[int, int, int]  # side, classes, channels
 
 
@@ -63,10 +64,11 @@ def step(given: Settings, size: Size, batch: int, device: torch.device, directio
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float = 2.0, least: int = 3
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float | None = None, least: int = 3
 ) -> dict[str, list[float]]:
     """Milliseconds of each call in every round, the order reversed in every other one; the first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    seconds = SECONDS if seconds is None else seconds
     begun, turn = time.perf_counter(), 0
     while turn <= least or time.perf_counter() - begun < seconds:
         for name in list(calls)[:: -1 if turn % 2 else 1]:
@@ -89,7 +91,7 @@ def speeds(
     classes: int = 100,
     channels: int = 3,
     directions: Sequence[str] = (FORWARD, TRAINING),
-    seconds: float = 2.0,
+    seconds: float | None = None,
     least: int = 3,
 ) -> list[Speed]:
     """Every model at every size of image, those of one size in turns; the settings' patch size stays.
