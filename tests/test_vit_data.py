@@ -30,7 +30,7 @@ def cifar(root: Path, protocol: int = 2, **changed: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", 8), ("test", 4)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
-        held: dict[bytes | str, Any] = {b"data": pixels, b"fine_labels": list(range(count)), b"filenames": [b"x.png"] * count, **changed}
+        held: dict[Any, Any] = {b"data": pixels, b"fine_labels": list(range(count)), b"filenames": [b"x.png"] * count, **changed}
         (folder / name).write_bytes(pickle.dumps(held, protocol))
     return folder
 
