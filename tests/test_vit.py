@@ -154,7 +154,7 @@ def test_commands_train_and_evaluate(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_train_has_a_flag_for_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    for command in ("train", "evaluate", "compare", "sweep", "visualize", "convert"):
+    for command in ("train", "evaluate", "compare", "sweep", "speed", "visualize", "convert"):
         assert run(command, "--help") == 0
         shown = capsys.readouterr().out
         if command == "train":

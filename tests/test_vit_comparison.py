@@ -90,7 +90,7 @@ def test_speeds_are_of_calls_in_turns() -> None:
 def test_compare_and_sweep_and_visualize_run_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compared, swept, drawn = (tmp_path / name for name in ("compared", "swept", "drawn"))
     types = ["--attention-type", "hydra", "--attention-type", "baseline"]
-    assert run("compare", "--output-dir", str(compared), *types, "--seeds", "1", "--side", "16", "--side", "8", *SHORT) == 0
+    assert run("compare", "--output-dir", str(compared), *types, "--seeds", "1", *SHORT) == 0
     shown = capsys.readouterr().out
     assert "one seed" in shown
     assert "not measured" in shown
@@ -102,7 +102,11 @@ def test_compare_and_sweep_and_visualize_run_as_commands(tmp_path: Path, capsys:
     assert rows[0]["parameters"] < rows[1]["parameters"]
     held = [checkpoints.load(swept / f"hydra_branches_{n}-seed0" / "last.pt")["settings"] for n in (1, 2)]
     assert [(one["attention_type"], one["hydra_branches"]) for one in held] == [("hydra", 1), ("hydra", 2)]
+    sizes = ["--side", "16", "--side", "8", "--json"]
+    assert run("speed", "--output-dir", str(compared), *types, *sizes, *SHORT) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     timed = json.loads((compared / comparison.SPEEDS).read_text())["rows"]
+    assert printed == timed
     assert {(row["what"], row["tokens"], row["direction"]) for row in timed} == {
         (kind, tokens, direction) for kind in ("hydra", "baseline") for tokens in (17, 5) for direction in ("forward", "training")
     }

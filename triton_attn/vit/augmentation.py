@@ -46,8 +46,9 @@ def shifted(images: Tensor, down: Tensor, right: Tensor, by: int) -> Tensor:
 def _randaugmented(images: Tensor, seeds: Tensor) -> Tensor:
     try:
         from torchvision.transforms.v2 import RandAugment
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("randaugment is torchvision's: pip install torchvision, or give augment crop_flip") from None
+    except (ImportError, RuntimeError) as missing:  # RuntimeError: one that was built for another torch
+        said = f"randaugment is torchvision's, which cannot be imported ({missing}): install it, or give augment crop_flip"
+        raise ModuleNotFoundError(said) from missing
     operation = RandAugment(num_ops=2, magnitude=9)
     changed = []
     # it draws from torch's own generator, which belongs to dropout

@@ -1,10 +1,11 @@
-"""triton-attn vit {train,evaluate,compare,sweep,visualize,convert}."""
+"""triton-attn vit {train,evaluate,compare,sweep,speed,visualize,convert}."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,7 +106,6 @@ def compare(
     data_dir: DataDir = None,
     config: Config = None,
     device: Device = None,
-    side: Annotated[list[int] | None, typer.Option(min=1, help="Also time a step at so many pixels; may be repeated.")] = None,
     as_json: Json = False,
     **given: Any,
 ) -> int:
@@ -113,7 +113,7 @@ def compare(
     from triton_attn.vit.comparison import Variant
 
     variants = [Variant(kind, {"attention_type": kind}) for kind in attention_type or COMPARED]
-    return _compared(output_dir, variants, seeds, data_dir, config, device, side or [], as_json, given)
+    return _compared(output_dir, variants, seeds, data_dir, config, device, as_json, given)
 
 
 @app.command()
@@ -142,7 +142,7 @@ def sweep(
         if owner and given.get("attention_type") is None:
             given["attention_type"] = owner
     variants = [Variant(f"{over} {number}", {name: number}) for number in dict.fromkeys(value)]
-    return _compared(output_dir, variants, seeds, data_dir, config, device, [], as_json, given)
+    return _compared(output_dir, variants, seeds, data_dir, config, device, as_json, given)
 
 
 def _compared(
@@ -152,7 +152,6 @@ def _compared(
     data_dir: Path | None,
     config: Path | None,
     device: str | None,
-    sides: list[int],
     as_json: bool,
     given: dict[str, Any],
 ) -> int:
@@ -163,8 +162,6 @@ def _compared(
             base = _settings(config, given)
             with bars.bar() as tick:
                 rows: list[Row] = comparison.compare(base, variants, output_dir, seeds=seeds, data_dir=data_dir, device=device, tick=tick)
-            if sides:
-                comparison.speeds(base, variants, output_dir, sides, device)
     except _Stopped:
         return 1
     if as_json:
@@ -172,6 +169,33 @@ def _compared(
             print(json.dumps(comparison.as_dict(row)))
     else:
         bars.show(comparison.titles(), comparison.cells(rows))
+    return 0
+
+
+@app.command()
+@with_settings("attention_type", "dataset", "seed")
+def speed(
+    output_dir: OutputDir,
+    side: Annotated[list[int], typer.Option(min=1, help="Pixels of an image's side; repeat it.")],
+    attention_type: Types = None,
+    config: Config = None,
+    device: Device = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Of rounds for each size and direction; three rounds at least.")] = None,
+    as_json: Json = False,
+    **given: Any,
+) -> int:
+    """Time forward and training steps of whole models in turns, one image of three channels, and write speeds.json."""
+    from triton_attn.vit import bars, comparison
+    from triton_attn.vit.comparison import Variant
+
+    variants = [Variant(kind, {"attention_type": kind}) for kind in attention_type or COMPARED]
+    with _complaints():
+        rows = comparison.speeds(_settings(config, given), variants, output_dir, side, device, seconds)
+    if as_json:
+        for row in rows:
+            print(json.dumps(asdict(row)))
+    else:
+        bars.show(comparison.SPEED_TITLES, comparison.speed_cells(rows))
     return 0
 
 

@@ -100,11 +100,18 @@ def compare(
     return rows
 
 
-def speeds(base: Settings, variants: Sequence[Variant], folder: Path, sides: Sequence[int], device: str | None = None) -> list[speed.Speed]:
+def speeds(
+    base: Settings,
+    variants: Sequence[Variant],
+    folder: Path,
+    sides: Sequence[int],
+    device: str | None = None,
+    seconds: float | None = None,
+) -> list[speed.Speed]:
     """Time the variants at other sizes of image, and write `speeds.json`. Raises as `speed.speeds` does."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = {variant.name: replace(base, **variant.changed) for variant in variants}
-    rows = speed.speeds(models, sides, where)
+    rows = speed.speeds(models, sides, where, seconds=seconds)
     held = {"settings": asdict(base), "device": described(where), "rows": [asdict(row) for row in rows]}
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.write(json.dumps(held, indent=1) + "\n", folder / SPEEDS)
@@ -141,6 +148,17 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             f"{row.parameters:,}",
             f"{row.train_seconds:.0f} s",
         )
+        for row in rows
+    ]
+
+
+SPEED_TITLES = ("model", "pixels", "tokens", "direction", "ms", "images a second", "rounds")
+
+
+def speed_cells(rows: Sequence[speed.Speed]) -> list[tuple[str, ...]]:
+    """Of the table of speeds."""
+    return [
+        (row.what, str(row.side), str(row.tokens), row.direction, f"{row.ms:.1f}", f"{row.images_per_second:.2f}", str(row.rounds))
         for row in rows
     ]
 
