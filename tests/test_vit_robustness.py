@@ -111,6 +111,24 @@ def test_a_loss_that_is_no_number_stops_and_keeps_what_was(tmp_path: Path, monke
     assert not (tmp_path / "never" / checkpoints.LAST).exists()
 
 
+def test_a_gradient_that_is_no_number_never_reaches_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(SMALL, epochs=2, batch_size=480)
+    clip = torch.nn.utils.clip_grad_norm_
+    calls: list[int] = []
+
+    def spoilt(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return clip(*arguments) + (torch.inf if len(calls) == 6 else 0)  # the last batch of the second epoch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", spoilt)
+        with pytest.raises(training.TrainingStopped, match=r"gradient's norm is inf in epoch 1, batch 2"):
+            training.train(given, tmp_path / "stopped")
+    training.train(given, tmp_path / "stopped", resume=True)
+    training.train(given, tmp_path / "whole")
+    assert equal(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_a_learning_rate_that_is_too_high_ends_with_a_message_not_with_a_trace(tmp_path: Path) -> None:
     given = replace(SMALL, epochs=2, batch_size=480, lr=1e30, warm_up=0.0)
     process = alone(command(given, tmp_path), stderr=subprocess.PIPE)

@@ -18,9 +18,24 @@ _PIPE_WIDTH = 240  # where nobody wraps lines, no cell is cut
 def bar() -> Iterator[Callable[[int, int], None]]:
     """(steps done, of how many), on stderr while the block runs, on a terminal only."""
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda done, of: shown.update(task, completed=done, total=of)
+    shown = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),  # what is piped on stays on stdout
+    )
+    task = shown.add_task("", total=None)
+
+    def tick(done: int, of: int) -> None:
+        if not shown.live.is_started:  # of several processes one ticks
+            shown.start()
+        shown.update(task, completed=done, total=of)
+
+    try:
+        yield tick
+    finally:
+        shown.stop()
 
 
 def show(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> None:

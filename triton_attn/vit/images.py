@@ -80,7 +80,7 @@ def cifar100(folder: Path | None = None) -> Images:
         FileNotFoundError: a file is missing; the message says which, and where to get it.
     """
     parts = formats.cifar100(_needed(folder, "cifar100"))
-    return Images(*parts, mean=(0.5071, 0.4865, 0.4409), deviation=(0.2673, 0.2564, 0.2762))
+    return Images(*parts, mean=(0.5071, 0.4867, 0.4408), deviation=(0.2675, 0.2565, 0.2761))
 
 
 def tiny_imagenet(folder: Path | None = None) -> Images:

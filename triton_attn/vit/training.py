@@ -36,7 +36,7 @@ class Epoch:
 
 
 class TrainingStopped(Exception):
-    """The loss is no number any more."""
+    """The loss or its gradient is no number any more."""
 
 
 class Run:
@@ -121,18 +121,24 @@ class Run:
             # a sum over this process's part: its share of the batch's mean, whatever the parts' sizes
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=given.smoothing, reduction="sum") / len(chosen)
             value = group.sum(loss.item())
-            if not math.isfinite(value):
-                last = self.folder / LAST
-                kept = f"{last} holds the epoch before" if last.exists() else "no epoch was finished"
-                raise TrainingStopped(f"the loss is {value} in epoch {epoch}, batch {i}, with lr {given.lr}; {kept}; try a smaller --lr")
+            self._finite("loss", value, epoch, i)
             self.optimizer.zero_grad()
             (loss * group.count).backward()  # type: ignore[no-untyped-call]  # the group takes means
-            nn.utils.clip_grad_norm_(self.model.parameters(), given.clip)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), given.clip)
+            self._finite("gradient's norm", norm.item(), epoch, i)  # or the last batch would spoil what is kept
             self.optimizer.step()
             total += value * len(chosen)
             times.append(time.perf_counter() - start)
             tick(i + 1, len(batches))
         return total / sum(map(len, batches)), statistics.median(times)
+
+    def _finite(self, what: str, value: float, epoch: int, batch: int) -> None:
+        if not math.isfinite(value):
+            last = self.folder / LAST
+            kept = f"{last} holds the epoch before" if last.exists() else "no epoch was finished"
+            raise TrainingStopped(
+                f"the {what} is {value} in epoch {epoch}, batch {batch}, with lr {self.given.lr}; {kept}; try a smaller --lr"
+            )
 
 
 def train(
@@ -154,7 +160,7 @@ def train(
         FileNotFoundError: there is no checkpoint to go on from, or no dataset.
         FileExistsError: there is one, and nobody asked to go on.
         OSError: a checkpoint cannot be written; the one before stays.
-        TrainingStopped: the loss is not finite; the last checkpoint stays.
+        TrainingStopped: the loss or its gradient is not finite; the last checkpoint stays.
     """
     if not resume and (folder / LAST).exists():
         raise FileExistsError(f"{folder / LAST} exists: go on with --resume, or choose another folder")
