@@ -12,6 +12,7 @@ import torch
 
 from triton_attn import ArgumentError
 from triton_attn.cli import main
+from triton_attn.models.vision_transformer import TYPES
 from triton_attn.vit import augmentation, checkpoints, training
 from triton_attn.vit.settings import RECIPES, Settings, settings
 
@@ -61,6 +62,13 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
         training.train(replace(SMALL, lr=0.5), tmp_path, resume=True)
     with pytest.raises(FileExistsError, match="--resume"):
         training.train(SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in ("ripple", "hydra", "baseline")])
+def test_every_other_mechanism_trains_without_options_of_its_own(kind: str, tmp_path: Path) -> None:
+    (only,) = training.train(replace(SMALL, epochs=1, attention_type=kind), tmp_path)
+    assert 0 < only.loss < 10
+    assert training.evaluate(tmp_path / checkpoints.LAST) == only.accuracy
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:

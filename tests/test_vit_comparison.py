@@ -130,6 +130,7 @@ def test_pictures_show_the_logged_numbers(tmp_path: Path) -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["ripple", "hydra"]
     rows = [{"what": "ripple", "tokens": n, "direction": "forward", "ms": 2.0 * n, "batch": 2} for n in (64, 16)]
     (axes,) = pictures.speed_against_tokens(rows).axes
+    assert axes.xaxis.get_major_formatter()(1024.0) == "1024"
     assert (np.asarray(axes.lines[0].get_xdata()).tolist(), np.asarray(axes.lines[0].get_ydata()).tolist()) == ([16, 64], [16.0, 64.0])
 
 

@@ -147,6 +147,9 @@ def speed_against_tokens(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot(*zip(*points, strict=True), marker="o", color=COLORS[place % len(COLORS)], label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")  # powers would be mathematics, which is off
+            axis.set_minor_formatter("")
         _plain(axes, "tokens", f"{direction}, ms an image")
     figure.axes[0].legend(frameon=False)
     return figure
