@@ -29,7 +29,7 @@ def command(given: Settings, folder: Path, *more: str) -> list[str]:
 
 
 def alone(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([sys.executable, "-m", *arguments], env=environment, text=True, stdout=subprocess.PIPE, **options)
 
 
@@ -152,3 +152,32 @@ def test_two_processes_train_as_one_would(tmp_path: Path) -> None:
     assert [row["accuracy"] for row in held["history"]] == pytest.approx([row.accuracy for row in whole], abs=0.02)
     with pytest.raises(ArgumentError, match=r"finds 2 processes in .*and there are 1"):
         training.train(given, tmp_path / "two", resume=True)
+
+
+DIES = """
+import os, sys
+from triton_attn.cli import main
+from triton_attn.vit import training
+
+keep = training.Run.keep
+training.Run.keep = lambda run: os._exit(1) if len(run.history) == 2 else keep(run)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_died_go_on_as_if_they_had_not(tmp_path: Path) -> None:
+    given = replace(SMALL, epochs=2, batch_size=96)  # with dropout, which each process draws for itself
+    together = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    _, *asked = command(given, tmp_path / "parts")
+    for arguments, ends in (
+        ([*together, str(script), *asked], 1),
+        ([*together, "-m", *command(given, tmp_path / "parts", "--resume")], 0),
+        ([*together, "-m", *command(given, tmp_path / "whole")], 0),
+    ):
+        process = alone(arguments, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == ends, said
+    assert equal(tmp_path / "parts", tmp_path / "whole")
