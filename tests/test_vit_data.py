@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from triton_attn import ArgumentError
-from triton_attn.vit import formats, pickled_arrays
+from triton_attn.vit import formats, pickled_arrays, training
 from triton_attn.vit.augmentation import augmented
 from triton_attn.vit.images import DATASETS, Images, cifar100, digits, tiny_imagenet
+from triton_attn.vit.settings import settings
 
 # what Python 2 wrote for {'data': numpy.arange(6, dtype='u1').reshape(2, 3), 'fine_labels': [1, 2]}, protocol 2
 PYTHON_2 = (
@@ -106,6 +107,16 @@ def test_broken_cifar_files_are_named(tmp_path: Path) -> None:
     (folder / "test").unlink()
     with pytest.raises(FileNotFoundError, match=r"test is missing; get https://"):
         cifar100(tmp_path)
+
+
+def test_a_model_trains_on_cifar_and_is_evaluated_with_its_folder(tmp_path: Path) -> None:
+    cifar(tmp_path)
+    given = settings({"dataset": "cifar100", "epochs": 1, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "mlp_dim": 32, "warm_up": 0.0})
+    (only,) = training.train(given, tmp_path / "run", data_dir=tmp_path)
+    assert 4 < only.loss < 6  # a hundred classes, by chance: log 100 is 4.6
+    assert training.evaluate(tmp_path / "run" / "last.pt", tmp_path) == only.accuracy
+    with pytest.raises(ArgumentError, match="data_dir is not given"):
+        training.evaluate(tmp_path / "run" / "last.pt")
 
 
 def tiny(root: Path, monkeypatch: pytest.MonkeyPatch, size: int = 64) -> Path:
