@@ -47,6 +47,7 @@ def test_every_parameter_learns(kind: str) -> None:
 
 @EACH
 def test_it_compiles_in_one_graph(kind: str) -> None:
+    torch.compiler.reset()  # each kind is a compilation of its own, and only so many of one function are allowed
     network = model(kind).eval()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
