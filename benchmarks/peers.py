@@ -51,6 +51,50 @@ def of_local_global_attention() -> dict[str, Call]:
     return peers
 
 
+def of_dilated_attention() -> dict[str, Call]:
+    return {"torchscale's way": _gathered}
+
+
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    segment_lengths: Any,
+    dilation_rates: Any,
+    causal: Any = False,
+    **options: Any,
+) -> Tensor:
+    """As torchscale has it: for each branch gather, attend, scatter; then a mixture by log-sum-exps without a gradient."""
+    n, usual = query.shape[2], {None, 0.0, "longnet", "block", "count"}
+    if query.shape[1] != key.shape[1] or any(n % length for length in segment_lengths) or not usual.issuperset(options.values()):
+        raise NotImplementedError("one key head for each query head, whole segments, the common options")
+    attend: Any = torch.ops.aten._scaled_dot_product_flash_attention
+    if query.device.type == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    outs, lses = [], []
+    for length, rate in zip(segment_lengths, dilation_rates, strict=True):
+        # heads in groups of one offset, segments in the batch
+        groups = -(-query.shape[1] // rate)
+        whole = torch.zeros_like(query)
+        weight = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        for offset, heads in enumerate(range(0, query.shape[1], groups)):
+            here = slice(heads, heads + groups)
+            q, k, v = (
+                torch.unflatten(x[:, here], 2, (-1, length))[:, :, :, offset::rate].transpose(1, 2).flatten(0, 1)
+                for x in (query, key, value)
+            )
+            found, lse, *_ = attend(q.contiguous(), k.contiguous(), v.contiguous(), 0.0, bool(causal))
+            lse = lse.detach()
+            shape = (query.shape[0], n // length)
+            torch.unflatten(whole[:, here], 2, (-1, length))[:, :, :, offset::rate] = torch.unflatten(found, 0, shape).transpose(1, 2)
+            torch.unflatten(weight[:, here], 2, (-1, length))[:, :, :, offset::rate] = torch.unflatten(lse, 0, shape).transpose(1, 2)
+        outs.append(whole)
+        lses.append(weight)
+    mixture = torch.stack(lses).softmax(0).nan_to_num().to(query.dtype).unsqueeze(-1)
+    return (mixture * torch.stack(outs)).sum(0)
+
+
 def _sdpa(backend: SDPBackend) -> Call:
     def call(
         query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0

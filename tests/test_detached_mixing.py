@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import _gathered
 from triton_attn import ArgumentError, dilated_attention, use_backend
 from triton_attn.nn import DilatedAttention
 
@@ -71,6 +72,15 @@ def test_output_and_log_sum_exp_are_those_of_one_softmax() -> None:
         both = [call(*leaves, **PATTERN, **more, detach_mixing=detach, return_lse=True) for detach in (False, True)]
         for a, b in zip(*both, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_the_benchmark_s_peer_is_the_same_function() -> None:
+    leaves = [torch.randn(2, 5, 64, 16).requires_grad_() for _ in range(3)]
+    pattern: dict[str, Any] = {"segment_lengths": (16, 32, 64), "dilation_rates": (1, 2, 4), "causal": True}
+    both = _gathered(*leaves, **pattern), dilated_attention(*leaves, **pattern, detach_mixing=True)
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), leaves) for x in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_kernels_compute_it() -> None:
