@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -38,8 +39,12 @@ def attention_weights(
     """
     (b, h, m, d), n = query.shape, key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    # entering autocast's context costs as much as a small product
+    kind = query.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         query, key = query.to(wide) * d**-0.5, key.to(wide).mT
+        if max(SCORES_AT_ONCE, b * m * n) >= b * h * m * n:
+            return _tile(query, key, mask, key_padding_mask, average)
         rows = max(1, max(SCORES_AT_ONCE, b * m * n) // max(b * h * n, 1))
         pieces = []
         for start in range(0, max(m, 1), rows):
