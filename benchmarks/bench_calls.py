@@ -38,6 +38,7 @@ PROMISED = {
     ("local_global_attention", "window 64, 4 global tokens", OVER_ALL_KEYS): (15.0, 15.0),
     ("subset_attention", "one key in eight", OVER_ALL_KEYS): (5.0, 5.0),
     ("dilated_attention", "12 times fewer pairs", OVER_ALL_KEYS): (7.0, 7.0),
+    ("dilated_attention", "12 times fewer pairs", "torchscale's way"): (1.2, 1.2),
     ("linear_attention", "whole 8k", "torch SDPA"): (25.0, 25.0),
     ("causal_conv1d", "Mamba 130M, batch 8, 2048 tokens", "F.conv1d and silu"): (1.8, 1.8),
 }
