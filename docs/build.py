@@ -1,7 +1,10 @@
-"""Refresh what the pages take from the catalogue: the table of mechanisms in README.md, and the picture of each pattern."""
+"""Refresh what the pages take from the code: the table of mechanisms in README.md, the table of choice, the lists of the API, the
+picture of each pattern."""
 
 from __future__ import annotations
 
+import re
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib
@@ -16,12 +19,59 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 MARK = "<!-- triton-attn list --markdown -->\n"
 SHOWN = 4  # cases in a picture
+CHOICE = "<!-- docs/build.py -->\n"
+API = {
+    "functions": ("Functions", "triton_attn"),
+    "modules": ("Modules and models", "triton_attn.nn", "triton_attn.models"),
+    "tools": ("Testing, integrations, capacity", "triton_attn.testing", "triton_attn.capacity"),
+}
+BESIDE = (
+    "triton_attn.integrations.open_clip.replace_transformer_in_model",
+    "triton_attn.integrations.transformers.register",
+    "triton_attn.integrations.transformers_mamba.patch_mamba",
+    "triton_attn.integrations.torch_sdpa.register",
+    "triton_attn.integrations.replacement.Replacement",
+    "triton_attn.integrations.hub.build",
+)
 
 
 def refreshed(page: str) -> str:
     """The page with the table after the mark made anew; the table ends at the next empty line."""
     before, _, rest = page.partition(MARK)
     return f"{before}{MARK}{mechanisms(CATALOG.values()).strip()}\n\n{rest.partition(chr(10) * 2)[2]}"
+
+
+def choice(page: str, measured: str) -> str:
+    """The page with the rows of the measured table whose peer is dense attention."""
+    before, _, rest = page.partition(CHOICE)
+    lines = ["| call | what it computes | sizes | forward | both |", "|---|---|---|---|---|"]
+    for line in measured.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found = re.match(r"`(\w+)`", cells[0])
+        if found and len(cells) == 6 and cells[2].startswith("dense") and found[1] in CATALOG:
+            name = found[1]
+            called = cells[0].replace(f"`{name}`", f"[{name}]({name}.md)")
+            lines.append(f"| {called} | {CATALOG[name].summary} | {cells[1]} | {cells[3]} | {cells[4]} |")
+    table = chr(10).join(lines)
+    return f"{before}{CHOICE}{table}\n\n{rest.partition(chr(10) * 2)[2]}"
+
+
+def api(title: str, *modules: str) -> str:
+    """A page that names every public thing of some modules; its docstrings are filled in when the site is built."""
+    parts = [f"# {title}\n"]
+    for module in modules:
+        public = [name for name in import_module(module).__all__ if callable(getattr(import_module(module), name))]
+        parts += [f"## {module}\n", *(f"::: {module}.{name}\n" for name in public)]
+    if modules[0] == "triton_attn.testing":
+        parts += ["## triton_attn.integrations\n", *(f"::: {name}\n" for name in BESIDE)]
+    return chr(10).join(parts)
+
+
+def numbers(lines: Sequence[str]) -> str:
+    """A page of what `triton-attn bench --json` printed: its machine's line first, then a timing a line."""
+    rows = [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
+    head = "# Numbers\n\nWhat `triton-attn bench --json > benchmarks/results/cpu.jsonl` printed, as it is; [speed](speed.md) says how to read it.\n"
+    return f"{head}\n{table(timings(rows))}"
 
 
 def picture(row: Mechanism) -> Figure:
@@ -37,6 +87,9 @@ def picture(row: Mechanism) -> Figure:
 
 if __name__ == "__main__":
     README.write_text(refreshed(README.read_text()))
+    (DOCS / "choose.md").write_text(choice((DOCS / "choose.md").read_text(), (DOCS / "speed.md").read_text()))
+    for name, page in API.items():
+        (DOCS / "api" / f"{name}.md").write_text(api(*page))
     matplotlib.use("agg")
     for row in CATALOG.values():
         if "lse" in row.outputs:
