@@ -3,7 +3,9 @@ picture of each pattern."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from triton_attn import CATALOG
+from triton_attn.bench import Timing
 from triton_attn.mechanism import Mechanism
-from triton_attn.report.markdown import mechanisms
+from triton_attn.report.markdown import mechanisms, table
+from triton_attn.report.tables import timings
 from triton_attn.testing import patterns
 
 DOCS = Path(__file__).parent
-README = DOCS.parent / "README.md"
+README, RESULTS = DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "results" / "cpu.jsonl"
 MARK = "<!-- triton-attn list --markdown -->\n"
 SHOWN = 4  # cases in a picture
 CHOICE = "<!-- docs/build.py -->\n"
@@ -44,16 +48,15 @@ def refreshed(page: str) -> str:
 def choice(page: str, measured: str) -> str:
     """The page with the rows of the measured table whose peer is dense attention."""
     before, _, rest = page.partition(CHOICE)
-    lines = ["| call | what it computes | sizes | forward | both |", "|---|---|---|---|---|"]
+    made = ["| call | what it computes | sizes | forward | both |", "|---|---|---|---|---|"]
     for line in measured.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         found = re.match(r"`(\w+)`", cells[0])
         if found and len(cells) == 6 and cells[2].startswith("dense") and found[1] in CATALOG:
             name = found[1]
             called = cells[0].replace(f"`{name}`", f"[{name}]({name}.md)")
-            lines.append(f"| {called} | {CATALOG[name].summary} | {cells[1]} | {cells[3]} | {cells[4]} |")
-    table = chr(10).join(lines)
-    return f"{before}{CHOICE}{table}\n\n{rest.partition(chr(10) * 2)[2]}"
+            made.append(f"| {called} | {CATALOG[name].summary} | {cells[1]} | {cells[3]} | {cells[4]} |")
+    return f"{before}{CHOICE}{chr(10).join(made)}\n\n{rest.partition(chr(10) * 2)[2]}"
 
 
 def api(title: str, *modules: str) -> str:
@@ -68,10 +71,10 @@ def api(title: str, *modules: str) -> str:
 
 
 def numbers(lines: Sequence[str]) -> str:
-    """A page of what `triton-attn bench --json` printed: its machine's line first, then a timing a line."""
+    """A page of what `triton-attn bench --json` printed, a timing a line."""
     rows = [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
-    head = "# Numbers\n\nWhat `triton-attn bench --json > benchmarks/results/cpu.jsonl` printed, as it is; [speed](speed.md) says how to read it.\n"
-    return f"{head}\n{table(timings(rows))}"
+    command = "triton-attn bench --device cpu --json > benchmarks/results/cpu.jsonl"
+    return f"# Numbers\n\nWhat `{command}` printed, as it is; [speed](speed.md) says how to read it.\n\n{table(timings(rows))}\n"
 
 
 def picture(row: Mechanism) -> Figure:
@@ -88,6 +91,7 @@ def picture(row: Mechanism) -> Figure:
 if __name__ == "__main__":
     README.write_text(refreshed(README.read_text()))
     (DOCS / "choose.md").write_text(choice((DOCS / "choose.md").read_text(), (DOCS / "speed.md").read_text()))
+    (DOCS / "numbers.md").write_text(numbers(RESULTS.read_text().splitlines()))
     for name, page in API.items():
         (DOCS / "api" / f"{name}.md").write_text(api(*page))
     matplotlib.use("agg")

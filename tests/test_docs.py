@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -45,3 +46,26 @@ def test_every_public_name_has_a_docstring() -> None:
     for name in triton_attn.__all__:
         if name != "CATALOG":
             assert getattr(triton_attn, name).__doc__, name
+
+
+def built(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def test_the_lists_and_tables_of_the_site_are_what_the_code_makes() -> None:
+    """`make docs` refreshes them."""
+    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert built("choose") == build.choice(built("choose"), built("speed"))
+    assert built("numbers") == build.numbers(build.RESULTS.read_text().splitlines())
+    for name, page in build.API.items():
+        assert built(f"api/{name}") == build.api(*page)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in navigation, page

@@ -36,6 +36,14 @@ ARGUMENTS = (
         ),
     ),
     Argument(
+        "fewer keys that every row sees, or more that one may see: what is left over goes through the edge's mask, at a cost in time alone",
+        (
+            "runs: tl.maximum(tl.minimum(first + numbers[0] + 1, end) - low, 0) -> 0",
+            "runs: tl.minimum(last + numbers[0] + 1, end) -> end",
+        ),
+        ("dilated_attention",),
+    ),
+    Argument(
         "the rows and runs of dense attention have step 1; patterns with other steps are other rows",
         (
             *(f"{kernel}: lane_m * step -> lane_m" for kernel in BY_QUERY),

@@ -181,6 +181,12 @@ def _suffix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.arange(size[1]) >= lengths
 
 
+def _prefix(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Sequences of 30 to 60 % of the length, padded before their beginning: whole tiles in which a row sees nothing yet."""
+    hidden = (torch.rand(size[0], 1, generator=generator) * 0.3 + 0.4) * size[1]
+    return torch.arange(size[1]) < hidden
+
+
 INDICES: dict[str, Callable[[tuple[int, ...], int, torch.Generator], Tensor]] = {"random": _any_indices, "distinct": _distinct_indices}
 OFFSETS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {"drawn": _offsets, "growing": _growing_offsets}
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {"normal": lambda x: x, "positive": Tensor.abs, NARROW: lambda x: x}
@@ -189,4 +195,5 @@ MASKS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "additive": _additive,
     "random": _random,
     "suffix": _suffix,
+    "prefix": _prefix,
 }
