@@ -95,6 +95,7 @@ def test_sums_beyond_the_end_may_overflow(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_portable_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, turned: bool, dtype: torch.dtype, activation: str) -> None:
+    monkeypatch.setattr(portable, "SMALL", 0)
     monkeypatch.setattr(portable, "TILE", 24)
     monkeypatch.setattr(portable, "NARROWEST", 4)
     call: dict[str, Any] = {name: x.double() for name, x in given(steps=23).items()}
@@ -111,7 +112,9 @@ def test_portable_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, tur
     torch.testing.assert_close([x.double() for x in gradients], list(truth), rtol=4 * near, atol=16 * near)
 
 
-def test_the_portable_path_differentiates_twice() -> None:
+@pytest.mark.parametrize("small", [0, 2**19])
+def test_the_portable_path_differentiates_twice(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    monkeypatch.setattr(portable, "SMALL", small)
     call = {name: x.double().requires_grad_() for name, x in given(steps=6).items()}
     assert torch.autograd.gradgradcheck(lambda x, weight, bias: causal_conv1d(x, weight, bias, "silu"), tuple(call.values()))
 

@@ -1,8 +1,8 @@
 """The short causal convolution in stock PyTorch operators.
 
 Eagerly, tiles that fit the cache take one multiply-add a tap and the activation where they stand in the result, and the backward pass
-recomputes a tile: fresh memory costs a CPU more than the arithmetic. Where something looks into the call, torch's own convolution
-computes it.
+recomputes a tile: fresh memory costs a CPU more than the arithmetic. Small items, whose memory is never fresh, and calls that
+something looks into are left to torch's own convolution.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from triton_attn.reference._sequences import same_sequence
 
 TILE = 2**19  # elements: 2 MB in fp32; smaller ones were slower
 NARROWEST = 32  # steps or channels of a tile
+SMALL = 2**19  # elements of an item: up to here the calls of a tile cost more than the fresh memory that they save
 
 
 def causal_conv1d(
@@ -35,33 +36,47 @@ def causal_conv1d(
     """(out, final_states)."""
     wide, past = torch.promote_types(x.dtype, torch.float32), weight.shape[1] - 1
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-    before = x.new_zeros(*x.shape[:2], past) if initial_states is None else initial_states
-    if seq_idx is not None or watched(x) or x.device.type != "cpu" or x.shape[2] <= past:
-        out = _at_once(x, weight, bias, before, seq_idx, activation)
+    small = x.shape[1] * x.shape[2] <= SMALL
+    if seq_idx is not None or small or watched(x) or x.device.type != "cpu" or x.shape[2] <= past:
+        out = _at_once(x, weight, bias, initial_states, seq_idx, activation)
     else:
         # few steps see what is before the first; the others are one function of x
-        head = _at_once(x[:, :, :past], weight, bias, before, None, activation)
+        head = _at_once(x[:, :, :past], weight, bias, initial_states, None, activation)
         out = _Tiles.apply(x, weight, bias, head, activation is not None)  # type: ignore[no-untyped-call]
     if not return_final_states:
         return out
+    before = x.new_zeros(*x.shape[:2], past) if initial_states is None else initial_states
     recent = x[:, :, max(x.shape[2] - past, 0) :]
     return out, torch.cat((before[:, :, recent.shape[2] :].to(x.dtype), recent), 2)
 
 
-def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, seq_idx: Tensor | None, activation: str | None) -> Tensor:
+def _at_once(
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None, seq_idx: Tensor | None, activation: str | None
+) -> Tensor:
     """Out of place, and differentiable any number of times."""
     wide, taps, steps = weight.dtype, weight.shape[1], x.shape[2]
-    history = torch.cat((before.to(wide), x.to(wide)), 2)
     if seq_idx is None and x.numel():
-        y = F.conv1d(history, weight[:, None], bias, groups=x.shape[1])
+        if before is None:
+            # padded at both ends, which copies nothing; what lies beyond the last step is dropped
+            y = F.conv1d(x.to(wide), weight[:, None], bias, padding=taps - 1, groups=x.shape[1])[:, :, :steps]
+        else:
+            y = F.conv1d(torch.cat((before.to(wide), x.to(wide)), 2), weight[:, None], bias, groups=x.shape[1])
     else:
+        start = x.new_zeros(*x.shape[:2], taps - 1, dtype=wide) if before is None else before.to(wide)
+        history = torch.cat((start, x.to(wide)), 2)
         y = torch.zeros_like(x, dtype=wide) if bias is None else bias[:, None].expand(x.shape)
         for i in range(taps):
             seen = history[:, :, i : i + steps]
             seen = seen if seq_idx is None else torch.where(same_sequence(seq_idx, taps - 1 - i), seen, 0.0)
             y = y + weight[:, i, None] * seen
     out = y if activation is None else F.silu(y)
-    return out.to(x.dtype)
+    out = out.to(x.dtype)
+    return out.mT.contiguous().mT if _turned(x) else out.contiguous()
+
+
+def _turned(x: Tensor) -> bool:
+    """Whether channels lie together in memory."""
+    return x.stride(1) < x.stride(2)
 
 
 class _Tiles(torch.autograd.Function):
@@ -126,7 +141,7 @@ class _Tile:
     def all_of(x: Tensor, weight: Tensor, bias: Tensor | None, *, buffers: int) -> Iterator[_Tile]:
         batch, channels, steps = x.shape
         past = weight.shape[1] - 1
-        turned = x.stride(1) < x.stride(2)  # channels lie together
+        turned = _turned(x)
         across, along = (channels, steps - past) if turned else (steps - past, channels)
         inner = min(across, TILE // NARROWEST)
         outer = min(max(TILE // max(inner, 1), 1), along)
