@@ -23,7 +23,7 @@ def _candidates(key: Key) -> Sequence[Tile]:
         ("16bit", 256): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
         ("tf32", 32): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)),
         ("tf32", 64): (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
-        ("tf32", 128): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+        ("tf32", 128): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     }
     return tensor_cores[key.operands, key.width]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,15 +25,20 @@ def drawn(n: int, heads: int = G) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query, 2.0 * key, value, orthogonal_projection(M, D, generator=torch.Generator().manual_seed(3), **DOUBLE)
 
 
+def call(given: Sequence[Tensor], projection: Tensor, **options: Any) -> Any:
+    query, key, value = given
+    return performer_attention(query, key, value, projection, **options)
+
+
 @KERNELS
 @CAUSAL
 @pytest.mark.parametrize("heads", [1, 2])
 def test_query_heads_share_key_heads(kernel: str, causal: bool, heads: int) -> None:
     query, key, value, projection = drawn(CHUNK + 9, heads)
     given = [x.requires_grad_() for x in (query, key, value)]
-    out = performer_attention(*given, projection, kernel=kernel, causal=causal)
+    out = call(given, projection, kernel=kernel, causal=causal)
     copied = [query, *(x.repeat_interleave(H // heads, 1) for x in (key, value))]
-    expected = performer_attention(*copied, projection, kernel=kernel, causal=causal)
+    expected = call(copied, projection, kernel=kernel, causal=causal)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(out)
     found, wanted = (torch.autograd.grad(x, given, grad) for x in (out, expected))
@@ -47,11 +53,11 @@ def test_chunks_are_one_call(kernel: str, cuts: tuple[int, ...]) -> None:
     mask[0, :7] = True  # the first piece may see no key at all
     mask[1, 60:70] = True
     options: dict[str, Any] = {"kernel": kernel, "causal": True, "return_state": True}
-    whole, last = performer_attention(*given, projection, key_padding_mask=mask, **options)
+    whole, last = call(given, projection, key_padding_mask=mask, **options)
     outs, state = [], None
     for start, end in zip((0, *cuts), (*cuts, given[0].shape[2]), strict=True):
-        pieces = (x[:, :, start:end] for x in given)
-        out, state = performer_attention(*pieces, projection, key_padding_mask=mask[:, start:end], initial_state=state, **options)
+        pieces = [x[:, :, start:end] for x in given]
+        out, state = call(pieces, projection, key_padding_mask=mask[:, start:end], initial_state=state, **options)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 2), whole, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-12)
@@ -72,9 +78,9 @@ def test_gradients_pass_through_a_state() -> None:
     query, key, value, projection = drawn(24)
     given = [x.requires_grad_() for x in (query, key, value)]
     options: dict[str, Any] = {"causal": True}
-    whole = performer_attention(*given, projection, **options)
-    first, state = performer_attention(*(x[:, :, :10] for x in given), projection, return_state=True, **options)
-    second = performer_attention(*(x[:, :, 10:] for x in given), projection, initial_state=state, **options)
+    whole = call(given, projection, **options)
+    first, state = call([x[:, :, :10] for x in given], projection, return_state=True, **options)
+    second = call([x[:, :, 10:] for x in given], projection, initial_state=state, **options)
     grad = torch.randn_like(whole)
     found = torch.autograd.grad(torch.cat((first, second), 2), given, grad)
     torch.testing.assert_close(found, torch.autograd.grad(whole, given, grad), rtol=1e-8, atol=1e-10)
@@ -88,7 +94,8 @@ def test_steps_of_the_module_are_its_forward_and_their_state_does_not_grow(kerne
     x = torch.randn(B, 33, 24, **DOUBLE)
     with torch.no_grad():
         whole = module(x)
-        out, state = module.step(x[:, :prompt])
+        state: Any = None
+        out, state = module.step(x[:, :prompt], state)
         outs, sizes = [out], [part.shape for part in state]
         for t in range(prompt, 33):
             kept = [part.clone() for part in state]

@@ -103,10 +103,11 @@ def performer_attention(
         if key_padding_mask is not None:
             largest = largest.masked_fill(key_padding_mask[:, None, :], -math.inf)
         # (B, G, queries of a key head, N, M): what they share has one axis of length 1
-        rows = rows.unflatten(1, (g, sizes["h"] // g if g else 1))
+        rows = rows.reshape(b, g, sizes["h"] // g if g else 1, *rows.shape[2:])
+        columns, largest, value = (x[:, :, None] for x in (columns, largest, value.to(wide)))
         walk = _running if causal else _whole
-        out, state, at = walk(rows, *(x[:, :, None] for x in (columns, largest, value.to(wide))), eps * features, _joined(begun))
-        out = out.flatten(1, 2).to(value.dtype)
+        out, state, at = walk(rows, columns, largest, value, eps * features, _joined(begun))
+        out = out.flatten(1, 2).to(query.dtype)
     return (out, (state[:, :, 0, :, :-1], state[:, :, 0, :, -1], at[:, :, 0, 0])) if return_state else out
 
 
