@@ -15,7 +15,7 @@ from triton_attn.tiles import OPERANDS, Key, Space, Tile
 
 def _candidates(key: Key) -> Sequence[Tile]:
     if key.operands == "float32":  # no tensor cores: products are unrolled into registers
-        return Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)
+        return Tile(16, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)
     tensor_cores = {
         ("16bit", 32): (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
         ("16bit", 64): (Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)),

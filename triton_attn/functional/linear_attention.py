@@ -223,7 +223,7 @@ ROW = Mechanism(
     kernels=(
         Kernel(
             "pointers",
-            softmax.COMPILED,
+            ((8, 0), (8, 6), (8, 9), (9, 0)),
             _pointers,
             (
                 Launch("forward"),
