@@ -15,7 +15,7 @@ from triton_attn.tiles import OPERANDS, Key, Space, Tile
 
 def _candidates(key: Key) -> Sequence[Tile]:
     if key.operands == "float32":  # no tensor cores: products are unrolled into registers
-        return Tile(16, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 32, 8, 1)
+        return Tile(16, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 16, 8, 1)
     tensor_cores = {
         ("16bit", 32): (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
         ("16bit", 64): (Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)),
@@ -23,20 +23,20 @@ def _candidates(key: Key) -> Sequence[Tile]:
         ("16bit", 256): (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
         ("tf32", 32): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)),
         ("tf32", 64): (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
-        ("tf32", 128): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+        ("tf32", 128): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     }
     return tensor_cores[key.operands, key.width]
 
 
 def _first(key: Key) -> Tile:
     """Small enough for 99 KiB of shared memory at any width."""
-    return Tile(16, 16, 8 if key.operands == "float32" or key.width > 128 else 4, 1)
+    return Tile(16, 16, 8 if key.width > (32 if key.operands == "float32" else 128) else 4, 1)
 
 
 def _entries() -> Iterator[Key]:
     """The keys that tables hold: those whose states registers hold."""
     for operands, width, plain in product(OPERANDS, (32, 64, 128), (True, False)):
-        if operands != "float32" or width <= 64:
+        if operands == "16bit" or width <= 64 or (operands == "tf32" and plain):
             yield Key(operands, width, plain)
 
 
