@@ -72,9 +72,16 @@ def api(title: str, *modules: str) -> str:
 
 def numbers(lines: Sequence[str]) -> str:
     """A page of what `triton-attn bench --json` printed, a timing a line."""
-    rows = [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
     command = "triton-attn bench --device cpu --json > benchmarks/results/cpu.jsonl"
+    if not lines:
+        return f"# Numbers\n\nNo results are kept yet: `{command}`, then `make docs`. [speed](speed.md) has what was measured by hand.\n"
+    rows = [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
     return f"# Numbers\n\nWhat `{command}` printed, as it is; [speed](speed.md) says how to read it.\n\n{table(timings(rows))}\n"
+
+
+def results() -> list[str]:
+    """The lines of the results that are kept, if any."""
+    return RESULTS.read_text().splitlines() if RESULTS.exists() else []
 
 
 def picture(row: Mechanism) -> Figure:
@@ -91,7 +98,7 @@ def picture(row: Mechanism) -> Figure:
 if __name__ == "__main__":
     README.write_text(refreshed(README.read_text()))
     (DOCS / "choose.md").write_text(choice((DOCS / "choose.md").read_text(), (DOCS / "speed.md").read_text()))
-    (DOCS / "numbers.md").write_text(numbers(RESULTS.read_text().splitlines()))
+    (DOCS / "numbers.md").write_text(numbers(results()))
     for name, page in API.items():
         (DOCS / "api" / f"{name}.md").write_text(api(*page))
     matplotlib.use("agg")

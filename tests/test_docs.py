@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import triton_attn
 from triton_attn import CATALOG
+from triton_attn.bench import Timing
 from triton_attn.report.markdown import mechanisms
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +63,9 @@ def test_the_lists_and_tables_of_the_site_are_what_the_code_makes() -> None:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     assert built("choose") == build.choice(built("choose"), built("speed"))
-    assert built("numbers") == build.numbers(build.RESULTS.read_text().splitlines())
+    assert built("numbers") == build.numbers(build.results())
+    timing = Timing("attention", "dense", "n=8", "float32", "cpu", "forward", "portable", 1.0, "torch SDPA", 2.0, 2.0, 3, None)
+    assert "| torch SDPA | 2 ms | 2.00 |" in build.numbers([json.dumps(asdict(timing))])
     for name, page in build.API.items():
         assert built(f"api/{name}") == build.api(*page)
 
