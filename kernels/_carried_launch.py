@@ -78,12 +78,13 @@ class Call:
     tile: Tile
     like: torch.dtype
     causal: bool
+    width: int  # of the wider side of a state, padded
     reverse: bool = False
 
     @property
     def span(self) -> int:
         """Tokens of one program: long against a state that is written and read for each, and the same for every batch."""
-        return self.tile.block_m * self.tile.block_m // 4
+        return max(self.tile.block_m * self.tile.block_m // 4, 4 * self.width)
 
     def spans(self, length: int) -> int:
         return max(1, triton.cdiv(length, self.span))

@@ -19,6 +19,7 @@ from triton_attn.kernels._carried_launch import (
     Operand,
     State,
     key_of,
+    padded,
     sums,
     walk,
 )
@@ -149,7 +150,8 @@ def _call(
     depends = key_of(query, value, feature_map, key_padding_mask is None, causal)
     chosen = chosen_tile(tile, launch, SPACES, POINTERS, depends, query)
     padding = None if key_padding_mask is None or key_padding_mask.numel() == 0 else key_padding_mask.view(torch.uint8)
-    return Call(query.shape[1], padding, chosen, query.dtype, causal)
+    q = Operand(query, feature_map)
+    return Call(query.shape[1], padding, chosen, query.dtype, causal, max(q.halves * q.padded, padded(value.shape[-1])))
 
 
 def _summed(x: Tensor, group: int, dtype: torch.dtype) -> Tensor:

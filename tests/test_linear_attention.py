@@ -84,6 +84,11 @@ def test_the_kernel_that_serves_wide_states_is_none() -> None:
 
     assert not refuses(wide(torch.bfloat16, 256), {})
     assert refuses(wide(torch.float16, 129), {})
+    padded = {"key_padding_mask": torch.empty(1, 1, dtype=torch.bool, device="meta")}
+    assert not refuses(wide(torch.float16, 128), {})
+    assert refuses({**wide(torch.float16, 128), **padded}, {})
+    assert not refuses({**wide(torch.float16, 64), **padded}, {})
+    assert not refuses({**wide(torch.bfloat16, 128), **padded}, {})
     assert refuses(wide(torch.float32, 65), {})
     assert not refuses(wide(torch.float32, 64), {})
     assert refuses(wide(torch.float32, 64), {"feature_map": "crelu"})

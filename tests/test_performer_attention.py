@@ -159,7 +159,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a kernel": ({"kernel": "cosine"}, "kernel is 'cosine'; allowed: 'softmax', 'relu', 'elu'"),
     "an epsilon": ({"kernel_epsilon": -1.0}, "kernel_epsilon is -1.0; allowed: 0 and more"),
     "a scale": ({"scale": -1.0}, "scale is -1.0; allowed with kernel='softmax': above 0"),
-    "heads": ({"key": torch.ones(2, 1, 5, 8, **DOUBLE), "value": torch.ones(2, 1, 5, 8, **DOUBLE)}, "key has 1 heads; allowed: query's, 3"),
+    "a state of another kernel": ({"initial_state": (torch.zeros(2, 3, 20, 8, **DOUBLE),) * 2}, "is a tuple; allowed: 3 tensors"),
+    "a state of other features": ({"initial_state": (torch.zeros(2, 3, 9, 8, **DOUBLE),) * 3}, "allowed: (2, 3, 20, 8)"),
+    "a state in half precision": ({"kernel": "elu", "initial_state": (torch.zeros(2, 3, 20, 8),) * 2}, "torch.float64"),
 }
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn import arguments
-from triton_attn.arguments import ArgumentError
+from triton_attn.arguments import ArgumentError, ArgumentTypeError
 from triton_attn.functional import _softmax as softmax
 from triton_attn.functional.linear_attention import ROW as LINEAR
 from triton_attn.functional.linear_attention import linear_attention
@@ -33,7 +33,9 @@ def performer_attention(
     scale: float | None = None,
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
-) -> Tensor:
+    initial_state: tuple[Tensor, ...] | None = None,
+    return_state: bool = False,
+) -> Any:
     """Attention by M random features: out_i = sum_j <phi(q_i), phi(k_j)> v_j / (sum_j <phi(q_i), phi(k_j)> + eps), in O(N M E).
 
     "softmax" (FAVOR+): phi(x) = M^-1/2 e^m (e^(W y - |y|^2 / 2 - m) + kernel_epsilon), with y = sqrt(scale) x and m the largest of
@@ -43,8 +45,8 @@ def performer_attention(
 
     Args:
         query: (B, H, N, D), float16, bfloat16, float32 or float64.
-        key: (B, H, Nk, D).
-        value: (B, H, Nk, E).
+        key: (B, G, Nk, D); G divides H, and query head h uses key head h // (H / G).
+        value: (B, G, Nk, E).
         projection: W, (M, D), such as `orthogonal_projection` draws it; it gets no gradient.
         kernel: phi.
         causal: query i sees keys 0..i; N must be Nk.
@@ -52,9 +54,12 @@ def performer_attention(
         scale: of the softmax that is estimated; D ** -0.5 if None.
         eps: added to the sum of the scores, relative to their largest possible one; 0 and more.
         key_padding_mask: (B, Nk) boolean, True = ignore: absent from numerator and denominator.
+        initial_state: of earlier keys, under the same projection and scale: (S, z), (B, G, M, E) and (B, G, M), as `linear_attention`
+            has them; for "softmax" (S, z, m) with m (B, G), S and z being divided by e^m. float32 (float64 for float64).
+        return_state: also return the state after the last key. Its size does not grow with the number of keys.
 
     Returns:
-        (B, H, N, E) in the inputs' dtype.
+        (B, H, N, E) in the inputs' dtype; with return_state also the state, shaped and typed like initial_state.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
@@ -64,8 +69,6 @@ def performer_attention(
     absent = dict.fromkeys(LINEAR.inputs)
     tensors = {**absent, "query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
     sizes = softmax.check(LINEAR, tensors)
-    if sizes["g"] != sizes["h"]:
-        raise ArgumentError(_WHO.name, "key", f"has {sizes['g']} heads; allowed: query's, {sizes['h']}")
     if not isinstance(projection, Tensor) or projection.ndim != 2 or projection.shape[1] != sizes["d"]:
         found = tuple(projection.shape) if isinstance(projection, Tensor) else type(projection).__name__
         raise ArgumentError(_WHO.name, "projection", f"has shape {found}; allowed: (M, {sizes['d']})")
@@ -76,26 +79,56 @@ def performer_attention(
         complaint = f"is True with {sizes['m']} queries and {sizes['n']} keys; allowed: as many of each"
         raise ArgumentError(_WHO.name, "causal", complaint)
     features = projection.shape[0]
+    softmax_kernel = arguments.choice(_WHO, "kernel", kernel, KERNELS) == "softmax"
+    wide = torch.promote_types(query.dtype, torch.float32)
+    b, g, e = sizes["b"], sizes["g"], sizes["e"]
+    shapes = ((b, g, features, e), (b, g, features), (b, g))[: 3 if softmax_kernel else 2]
+    begun = _begun(initial_state, shapes, wide)
+    arguments.flag(_WHO, "return_state", return_state)
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    if arguments.choice(_WHO, "kernel", kernel, KERNELS) != "softmax":
+    if not softmax_kernel:
         query, key = (x @ projection.detach().to(x.dtype).mT for x in (query, key))
-        out: Tensor = linear_attention(
-            query, key, value, feature_map=kernel, causal=causal, scale=1.0 / features, eps=eps, key_padding_mask=key_padding_mask
+        options: dict[str, Any] = {"feature_map": kernel, "causal": causal, "scale": 1.0 / features, "eps": eps}
+        return linear_attention(
+            query, key, value, key_padding_mask=key_padding_mask, initial_state=begun, return_state=return_state, **options
         )
-        return out
     scale = sizes["d"] ** -0.5 if scale is None else arguments.finite(_WHO, "scale", scale)
     if scale <= 0:
         raise ArgumentError(_WHO.name, "scale", f"is {scale}; allowed with kernel='softmax': above 0")
-    wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         rows, _ = _features(query.to(wide), projection, scale, kernel_epsilon)
         columns, largest = _features(key.to(wide), projection, scale, kernel_epsilon)
         if key_padding_mask is not None:
             largest = largest.masked_fill(key_padding_mask[:, None, :], -math.inf)
+        # (B, G, queries of a key head, N, M): what they share has one axis of length 1
+        rows = rows.reshape(b, g, sizes["h"] // g if g else 1, *rows.shape[2:])
+        columns, largest, value = (x[:, :, None] for x in (columns, largest, value.to(wide)))
         walk = _running if causal else _whole
-        return walk(rows, columns, largest, value.to(wide), eps * features).to(value.dtype)
+        out, state, at = walk(rows, columns, largest, value, eps * features, _joined(begun))
+        out = out.flatten(1, 2).to(query.dtype)
+    return (out, (state[:, :, 0, :, :-1], state[:, :, 0, :, -1], at[:, :, 0, 0])) if return_state else out
+
+
+def _begun(given: object, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Any:
+    """The initial state, checked."""
+    if given is None:
+        return None
+    if not isinstance(given, (tuple, list)) or len(given) != len(shapes) or not all(isinstance(x, Tensor) for x in given):
+        raise ArgumentTypeError(_WHO.name, "initial_state", f"is a {type(given).__name__}; allowed: {len(shapes)} tensors of this kernel")
+    for part, shape in zip(given, shapes, strict=True):
+        if tuple(part.shape) != shape or part.dtype != dtype:
+            found = f"has shape {tuple(part.shape)} and dtype {part.dtype}"
+            raise ArgumentError(_WHO.name, "initial_state", f"{found}; allowed: {shape} and {dtype}")
+    return tuple(given)
+
+
+def _joined(state: Any) -> tuple[Tensor, Tensor] | None:
+    """S and z side by side, and m, with the axis of the queries of a key head."""
+    if state is None:
+        return None
+    return torch.cat((state[0], state[1][..., None]), -1)[:, :, None], state[2][:, :, None, None]
 
 
 def _features(x: Tensor, projection: Tensor, scale: float, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -109,36 +142,44 @@ def _features(x: Tensor, projection: Tensor, scale: float, epsilon: float) -> tu
     return found, largest[..., 0] - 0.5 * scale * x.square().sum(-1)
 
 
-def _whole(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float) -> Tensor:
-    top = largest.amax(-1, keepdim=True) if largest.shape[-1] else largest.new_zeros(*largest.shape[:2], 1)
-    weight = (largest - top.masked_fill(top == -math.inf, 0.0)).exp()
+Walked = tuple[Tensor, Tensor, Tensor]  # outputs, the state after the last key, the logarithm of what it was divided by
+
+
+def _whole(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float, begun: tuple[Tensor, Tensor] | None) -> Walked:
+    top = largest.amax(-1, keepdim=True) if largest.shape[-1] else largest.new_full((*largest.shape[:-1], 1), -math.inf)
+    top = top if begun is None else torch.maximum(top, begun[1])
+    safe = top.masked_fill(top == -math.inf, 0.0)
+    weight = (largest - safe).exp()
     # the keys' scale goes to the values, which have fewer columns than features
     state = columns.mT @ torch.cat((value * weight[..., None], weight[..., None]), -1)
+    if begun is not None:
+        state = state + begun[0] * (begun[1] - safe).exp()[..., None]
     both = rows @ state
-    return both[..., :-1] / (both[..., -1:] + eps)
+    return both[..., :-1] / (both[..., -1:] + eps), state, top
 
 
-def _running(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float) -> Tensor:
+def _running(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float, begun: tuple[Tensor, Tensor] | None) -> Walked:
     """Chunk by chunk; the state is relative to the largest key so far, `at`, and so is every score."""
-    b, h, n, features = columns.shape
-    state = value.new_zeros(b, h, features, value.shape[-1] + 1)
-    at = value.new_full((b, h, 1), -math.inf)
+    b, g, _, n, features = columns.shape
+    if begun is None:
+        begun = value.new_zeros(b, g, 1, features, value.shape[-1] + 1), value.new_full((b, g, 1, 1), -math.inf)
+    state, at = begun
     outs = []
     value = F.pad(value, (0, 1), value=1.0)
     for start in range(0, n, CHUNK):
         part = slice(start, min(start + CHUNK, n))
-        q, k, v, m = rows[:, :, part], columns[:, :, part], value[:, :, part], largest[:, :, part]
+        q, k, v, m = rows[..., part, :], columns[..., part, :], value[..., part, :], largest[..., part]
         so_far = torch.maximum(m.cummax(-1).values, at)
         safe = so_far.masked_fill(so_far == -math.inf, 0.0)
         # above the diagonal a key may be the larger one: it is hidden before its exponential is taken
-        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        weight = (m[:, :, None, :] - safe[..., None]).masked_fill(later, -math.inf).exp()
+        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        weight = (m[..., None, :] - safe[..., None]).masked_fill(later, -math.inf).exp()
         both = (q @ k.mT * weight) @ v + (q @ state) * (at - safe).exp()[..., None]
         outs.append(both[..., :-1] / (both[..., -1:] + eps))
         last = safe[..., -1:]
         state = state * (at - last).exp()[..., None] + k.mT @ (v * (m - last).exp()[..., None])
         at = so_far[..., -1:]
-    return torch.cat(outs, 2) if outs else rows.new_zeros(b, h, 0, value.shape[-1] - 1)
+    return torch.cat(outs, -2) if outs else rows.new_zeros(*rows.shape[:-1], value.shape[-1] - 1), state, at
 
 
 def orthogonal_projection(

@@ -98,6 +98,30 @@ class PerformerAttention(Projections):
         )
         return self.output(nn.functional.dropout(out, self.dropout, self.training))
 
+    def step(self, x: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The next token of a sequence, or the next few, in memory that does not grow with those before.
+
+        Args:
+            x: (B, N, dim), N being 1 for a token at a time, more to begin with a prompt.
+            state: what this method returned for the tokens before; None at the first. It is left as it was, and holds for the
+                features that it was made with: `redraw` ends it.
+
+        Returns:
+            (B, N, dim), what `forward` gives for these tokens behind those before them, and the state after them.
+
+        Raises:
+            ArgumentError: the module is not causal, or an argument is wrong; the message names it and what is allowed.
+        """
+        self.check_tokens("x", x)
+        if not self.causal:
+            raise ArgumentError(self.name, "causal", "is False; allowed for step: True, as earlier tokens cannot be gone back to")
+        query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out, state = performer_attention(
+            query, key, value, self.random_matrix.mT, kernel=self.kernel_type, causal=True, initial_state=state, return_state=True
+        )
+        assert state is not None
+        return self.output(nn.functional.dropout(out, self.dropout, self.training)), state
+
 
 class LinearSelfAttention(Projections):
     """Self-attention with phi(x) = elu(x) + 1 in O(N): see `triton_attn.linear_attention`.
