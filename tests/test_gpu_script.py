@@ -118,7 +118,12 @@ def test_the_shell_script_says_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "steps"),
-    [([], "correctness tune peers"), (["all"], "correctness tune peers"), (["peers", "tune"], "peers tune"), (["tune", "all"], "tune correctness tune peers")],
+    [
+        ([], "correctness tune peers"),
+        (["all"], "correctness tune peers"),
+        (["peers", "tune"], "peers tune"),
+        (["tune", "all"], "tune correctness tune peers"),
+    ],
 )
 def test_the_shell_script_runs_the_steps_given_or_all(tmp_path: Path, given: list[str], steps: str) -> None:
     said = subprocess.run(script(tmp_path, *given), capture_output=True, text=True, timeout=60, check=False)

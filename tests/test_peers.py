@@ -1,10 +1,10 @@
-"""Peers behind their guards: absent without their library, called as the library wants to be called, and aimed at where a shape is known."""
+"""Peers behind their guards: absent without their library, called as the library wants to be, and aimed at where a shape is known."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,6 @@ from triton_attn.mechanism import Case
 from triton_attn.testing import inputs
 
 LIBRARIES = ("fla", "liger_kernel", "flash_attn", "local_attention", "mambapy", "mamba_ssm", "causal_conv1d", "performer_pytorch")
-Seen = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 
 
 @pytest.fixture
@@ -43,14 +42,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def no_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 
     def without(name: str, package: str | None = None) -> Any:
         return None if name.split(".")[0] in LIBRARIES else find(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    yield
 
 
 @pytest.mark.usefixtures("no_libraries")

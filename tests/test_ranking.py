@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,11 @@ def compile_quickly(packed: Any) -> Built:
 
 
 @pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled.clear()
     monkeypatch.setattr(ranking, "_compile", compile_quickly)
     monkeypatch.setattr(tiles.Space, "of", lambda self, capability, key: FOUR)
     monkeypatch.setattr(device, "USER_TABLE", str(tmp_path / "user"))
-    yield
 
 
 def tasks(count: int = 2) -> list[Task]:
@@ -239,7 +237,9 @@ def test_the_compiler_itself_ranks_a_norm_and_the_second_time_compiles_nothing(t
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     line = [sys.executable, "-m", "triton_attn", "tune", "norm_matched_add", "--offline", "--rank", "--target", "sm_90"]
     line += ["--folder", str(tmp_path), "--json"]
-    first, second = (subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout for _ in range(2))
+    first, second = (
+        subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout for _ in range(2)
+    )
     assert first == second
     rows = [json.loads(each) for each in first.splitlines()]
     assert all(row["registers"] > 0 and row["milliseconds"] > 0 and not row["fault"] for row in rows if "place" in row)

@@ -32,7 +32,7 @@ USAGES = st.builds(
     tensor_core=st.integers(0, 64),
     asynchronous=st.integers(0, 8),
 )
-DEMANDS = st.builds(Demand, *(st.floats(0, 1e15),) * 4)
+DEMANDS = st.builds(Demand, *(st.floats(0, 1e15),) * 5)
 CASES = st.builds(
     lambda length, causal, **sizes: Case(
         "drawn", {**sizes, "g": sizes["h"], "m": length, "n": length, "e": sizes["d"]}, {"causal": causal}
@@ -78,7 +78,7 @@ def test_a_larger_call_is_never_predicted_faster(
     usage=USAGES,
     programs=st.integers(1, 5000),
     capability=TARGETS,
-    unit=st.sampled_from(("flops", "bytes", "streamed", "exponentials")),
+    unit=st.sampled_from(("flops", "bytes", "streamed", "shared", "exponentials")),
 )
 def test_more_of_any_work_is_never_predicted_faster(
     asked: Demand, usage: Usage, programs: int, capability: tuple[int, int], unit: str
@@ -92,7 +92,7 @@ def test_more_programs_of_the_same_work_are_never_faster_and_a_wave_more_is_slow
     asked: Demand, usage: Usage, programs: int, more: int, capability: tuple[int, int]
 ) -> None:
     def of(count: int) -> float:
-        scaled = Demand(*(each * count / programs for each in (asked.flops, asked.bytes, asked.streamed, asked.exponentials)))
+        scaled = Demand(*(each * count / programs for each in (asked.flops, asked.bytes, asked.streamed, asked.shared, asked.exponentials)))
         return milliseconds(scaled, usage, count, capability)
 
     assert of(programs + more) >= of(programs) * (1 - 1e-9)
@@ -122,18 +122,18 @@ def test_no_prediction_beats_the_slowest_unit(asked: Demand, usage: Usage, progr
     ids=["spills", "does not fit", "adds atomically"],
 )
 def test_what_may_not_run_takes_for_ever(usage: Usage) -> None:
-    assert milliseconds(Demand(1e9, 1e9, 1e9, 1e9), usage, 100, H100) == math.inf
-    assert roofline.predict(Demand(1, 1, 1, 1), [], "16bit", PEAKS[H100], LIMITS[H100]).milliseconds == math.inf
+    assert milliseconds(Demand(1e9, 1e9, 1e9, 1e9, 1e9), usage, 100, H100) == math.inf
+    assert roofline.predict(Demand(1, 1, 1, 1, 1), [], "16bit", PEAKS[H100], LIMITS[H100]).milliseconds == math.inf
 
 
 def test_a_second_kernel_costs_a_launch() -> None:
-    asked, main, merge = Demand(1e10, 1e8, 1e8, 0), Part(500, Usage(128, 0, KIB, 4, 8, 8)), Part(90, Usage(32, 0, 0, 4, 0, 0))
+    asked, main, merge = Demand(1e10, 1e8, 1e8, 0, 0), Part(500, Usage(128, 0, KIB, 4, 8, 8)), Part(90, Usage(32, 0, 0, 4, 0, 0))
     one, both = (roofline.predict(asked, parts, "16bit", PEAKS[A100], LIMITS[A100]).milliseconds for parts in ([main], [merge, main]))
     assert both - one == pytest.approx(1e3 * roofline.LAUNCH)
 
 
 def test_exact_float32_is_slower_than_tf32_and_that_than_16_bits() -> None:
-    asked, usage = Demand(1e13, 1e6, 0, 0), Usage(128, 0, KIB, 8, 8, 8)
+    asked, usage = Demand(1e13, 1e6, 0, 0, 0), Usage(128, 0, KIB, 8, 8, 8)
 
     def of(operands: str, used: Usage) -> float:
         return roofline.predict(asked, [Part(1080, used)], operands, PEAKS[A100], LIMITS[A100]).milliseconds
@@ -172,13 +172,22 @@ def test_on_a100_flexattentions_tile_comes_first_of_those_compiled_and_what_spil
     assert [tile for tile, time in times.items() if time == math.inf] == [tile for tile, _, spilled, _ in COMPILED[width] if spilled]
 
 
+def test_on_a100_a_warp_of_16_rows_reads_operands_twice_as_often_as_one_of_32_and_on_h100_four_warps_read_together() -> None:
+    def shared(tile: Tile, capability: tuple[int, int]) -> float:
+        return roofline.demand(ROW, FORWARD, DENSE[64], "16bit", tile, capability).shared
+
+    assert shared(Tile(64, 64, 4, 3), A100) == 2 * shared(Tile(128, 64, 4, 3), A100) == shared(Tile(128, 64, 8, 3), A100)
+    assert shared(Tile(64, 64, 4, 3), H100) == shared(Tile(128, 64, 4, 3), H100) == shared(Tile(128, 64, 8, 3), H100)
+    assert shared(Tile(64, 64, 4, 3), H100) == shared(Tile(64, 64, 4, 3), A100) / 4
+
+
 def test_a_window_of_129_keys_visits_225_with_small_tiles_and_three_times_as_many_with_large_ones() -> None:
     """As counted for a window of 64 to either side: 64x32 visits about 225 keys for each query, 128x128 about 384."""
     row = CATALOG["local_global_attention"]
     case = next(case for case in row.workloads["cuda"] if case.options["window"] == 128)
     useful = row.work(case.sizes, {**row.defaults, **case.options}, 2).flops
     small, large = (
-        roofline.demand(row, FORWARD, case, "16bit", Tile(*block, 4, 2)).flops / useful * 129 for block in ((64, 32), (128, 128))
+        roofline.demand(row, FORWARD, case, "16bit", Tile(*block, 4, 2), H100).flops / useful * 129 for block in ((64, 32), (128, 128))
     )
     assert small == pytest.approx(225, rel=0.01)
     assert large == pytest.approx(384, rel=0.01)
@@ -208,7 +217,7 @@ def test_dense_attention_is_bound_by_products_and_a_norm_by_memory() -> None:
 
 def test_a_split_backward_pass_does_seven_products_to_the_forwards_two() -> None:
     tile = Tile(128, 128, 8, 2)
-    forward, *backward = (roofline.demand(ROW, launch, DENSE[128], "16bit", tile).flops for launch in (FORWARD, DQ, DKV))
+    forward, *backward = (roofline.demand(ROW, launch, DENSE[128], "16bit", tile, H100).flops for launch in (FORWARD, DQ, DKV))
     assert sum(backward) / forward == pytest.approx(3.5)
 
 

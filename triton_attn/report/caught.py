@@ -82,5 +82,11 @@ def _kept(entry: Mapping[str, Any]) -> Kept:
 
 def _told(tooth: Tooth) -> str:
     """One fault in one line: where, what, and its end."""
-    end = f"caught, {tooth.caught.partition(':')[0]}" if tooth.caught else f"changes nothing: {tooth.equivalent}" if tooth.equivalent else "survived"
+    end = (
+        f"caught, {tooth.caught.partition(':')[0]}"
+        if tooth.caught
+        else f"changes nothing: {tooth.equivalent}"
+        if tooth.equivalent
+        else "survived"
+    )
     return f"{tooth.function.rpartition('.')[2]}:{tooth.line} {tooth.kind}: {tooth.change}: {end}"

@@ -1,13 +1,15 @@
 """How long a compiled tile of a launch would take, by a model: nothing is timed here, and no GPU has confirmed it.
 
-A launch does work t_i on each of a multiprocessor's units: products, memory, second-level cache, exponentials. Programs that are resident
-together hide part of it behind the slowest unit. With w warps in flight (times pipeline stages, where copies are asynchronous)
+A launch does work t_i on each of a multiprocessor's units: products, memory, second-level cache, shared memory, exponentials. Programs that
+are resident together hide part of it behind the slowest unit, the more the more bytes they have under way, f: 16 of each thread, and the
+stages that asynchronous copies are filling. By Little's law latency times bandwidth is what keeps memory busy, f_0.
 
-    h(w)    = w / (w + HALF_HIDDEN)
-    time(r) = r (max_i t_i + (1 - h(r w)) sum_i t_i)            r programs resident on one multiprocessor, t_i of one of them
+    h(f)    = f / (f + f_0)
+    time(r) = r (max_i t_i + (1 - h(r f)) sum_i t_i)            r programs resident on one multiprocessor, t_i of one of them
     total   = full waves * time(blocks) + time(programs of the last wave that share a multiprocessor) + launches
 
-Not modelled: which tensor-core instruction the compiler took, bank conflicts, causal programs that end early, clocks that fall under load.
+Not modelled: which tensor-core instruction the compiler took, bank conflicts, several loads of one thread, causal programs that end early,
+clocks that fall under load.
 Source: Williams, Waterman and Patterson, "Roofline", 2009, and Volkov, "Better performance at lower occupancy", 2010.
 """
 
@@ -24,7 +26,8 @@ from triton_attn.arguments import ArgumentError
 from triton_attn.mechanism import Case, Launch, Mechanism
 from triton_attn.offline import Part
 
-HALF_HIDDEN = 8.0  # warps in flight that hide half of what can be hidden: two for each of four schedulers
+LATENCY = 4e-7  # seconds until memory answers
+VECTOR = 16 * 32  # bytes that one load of a warp brings
 LAUNCH = 3e-6  # seconds that a kernel's start and end cost
 ITEMSIZE = {"16bit": 2, "float32": 4, "tf32": 4}
 
@@ -36,6 +39,7 @@ class Demand:
     flops: float
     bytes: float  # between memory and cache: each tensor once
     streamed: float  # bytes from the second-level cache, operands that every program reads again
+    shared: float  # bytes from shared memory, operands that every warp reads again
     exponentials: float
 
 
@@ -61,16 +65,18 @@ def peaks_of(profile: device.Profile) -> device.Peaks:
         tensor=known.tensor * share,
         tf32=known.tf32 * share,
         fp32=known.fp32 * share,
+        shared=known.shared * share,
         exponentials=known.exponentials * share,
     )
 
 
-def demand(row: Mechanism, launch: Launch, case: Case, operands: str, tile: tiles.Tile) -> Demand:
+def demand(row: Mechanism, launch: Launch, case: Case, operands: str, tile: tiles.Tile, capability: tuple[int, int]) -> Demand:
     """What a launch does at a call's sizes.
 
     A softmax launch owns `block_m` queries and streams keys, or owns `block_n` keys and streams queries if it computes no gradient of the
     query. Its backward launches compute scores and their gradients anew, two products as the forward, and one more for each gradient.
-    Of other mechanisms the backward launches share `backward_share` by their gradients.
+    Of other mechanisms the backward launches share `backward_share` by their gradients. A warp's product has its share of the rows, 16 at
+    least; on sm_90 four warps read an operand together, for up to 64 rows.
     """
     itemsize, options = ITEMSIZE[operands], {**row.defaults, **case.options}
     work = row.work(case.sizes, options, itemsize)
@@ -78,15 +84,18 @@ def demand(row: Mechanism, launch: Launch, case: Case, operands: str, tile: tile
         part = len(launch.gradients) / max(1, len(row.differentiable))
         factor = row.backward_share * part if launch.gradients else 1.0
         moved = work.bytes * (2 * part if launch.gradients else 1.0)
-        return Demand(work.flops * factor, moved, 0.0, work.exponentials)
+        return Demand(work.flops * factor, moved, 0.0, 0.0, work.exponentials)
     own_keys = bool(launch.gradients) and "query" not in launch.gradients
     owned, streamed = (tile.block_n, tile.block_m) if own_keys else (tile.block_m, tile.block_n)
     gradients = len({"query", "key", "value"} & set(launch.gradients))
     padding = _padding(case.sizes, options, work.exponentials, owned, streamed, own_keys=own_keys)
+    flops, together = work.flops * padding * (1 + gradients / 2), 4 if capability >= (9, 0) and owned >= 64 and tile.num_warps >= 4 else 1
+    rows = min(max(16.0, owned * together / tile.num_warps), 64.0 if together > 1 else owned)
     return Demand(
-        flops=work.flops * padding * (1 + gradients / 2),
+        flops=flops,
         bytes=work.bytes * (1 + gradients / 4),
         streamed=work.flops * padding / 2 / owned * itemsize,
+        shared=flops / 2 / rows * itemsize,
         exponentials=work.exponentials * padding,
     )
 
@@ -122,14 +131,16 @@ def predict(
         "products": asked.flops / products,
         "memory": asked.bytes / peaks.bandwidth,
         "cache": (asked.bytes + asked.streamed) / peaks.cache,
+        "shared memory": asked.shared / peaks.shared,
         "exponentials": asked.exponentials / peaks.exponentials,
     }
     # of one program on one multiprocessor
     slowest, together = (each * peaks.multiprocessors / main.programs for each in (max(units.values()), sum(units.values())))
-    in_flight = used.warps * (stages if used.asynchronous else 1)
+    under_way = used.warps * VECTOR + (used.shared * (stages - 1) / stages if used.asynchronous else 0.0)
+    wanted = LATENCY * peaks.bandwidth / peaks.multiprocessors
 
     def time(resident: int) -> float:
-        hidden = resident * in_flight / (resident * in_flight + HALF_HIDDEN)
+        hidden = resident * under_way / (resident * under_way + wanted)
         return resident * (slowest + (1 - hidden) * together)
 
     full, rest = divmod(main.programs, peaks.multiprocessors * blocks)
@@ -141,7 +152,7 @@ def predict_tile(
     row: Mechanism, launch: Launch, case: Case, operands: str, tile: tiles.Tile, parts: Sequence[Part], profile: device.Profile
 ) -> Prediction:
     """`predict` for one tile of one launch of a call, whose kernels were compiled into `parts`, on a device that need not be here."""
-    asked, limits = demand(row, launch, case, operands, tile), device.LIMITS[profile.capability]
+    asked, limits = demand(row, launch, case, operands, tile, profile.capability), device.LIMITS[profile.capability]
     return predict(asked, parts, operands, peaks_of(profile), limits, stages=tile.num_stages)
 
 
