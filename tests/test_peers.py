@@ -19,6 +19,13 @@ from triton_attn import CATALOG, bench
 from triton_attn.mechanism import Case
 from triton_attn.testing import inputs
 
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """torch's, of tensors whose heads come after the steps."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
 LIBRARIES = ("fla", "liger_kernel", "flash_attn", "local_attention", "mambapy", "mamba_ssm", "causal_conv1d", "performer_pytorch")
 
 
@@ -115,7 +122,7 @@ def test_flas_linear_attention_is_given_features_in_its_layout(library: Callable
 
 def test_flas_attention_is_causal_and_given_its_layout(library: Callable[..., None]) -> None:
     def parallel_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+        return softmax_attention(q, k, v, True)
 
     library("fla.ops.attn", parallel_attn=parallel_attn)
     tensors, options = drawn("attention", Case("small", HEADS, {"causal": True}))
@@ -126,7 +133,7 @@ def test_flas_attention_is_causal_and_given_its_layout(library: Callable[..., No
 
 def test_fa4_is_given_its_layout(library: Callable[..., None]) -> None:
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, None]:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2), None
+        return softmax_attention(q, k, v, causal), None
 
     library("flash_attn.cute", flash_attn_func=flash_attn_func)
     tensors, options = drawn("attention", Case("small", HEADS, {"causal": True}))

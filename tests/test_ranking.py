@@ -129,10 +129,8 @@ def test_the_predicted_order_is_set_beside_measured_times_of_devices_of_the_same
     ]
     same = [trial(task, row.tile, float(row.place)) for row in right]
     found = list(ranking.correlations(task, rows, [*same, *backwards, *others]))
-    assert [(each.beside, each.tiles, each.spearman) for each in found[1:]] == [
-        ("NVIDIA H200", 3, pytest.approx(1.0)),
-        ("NVIDIA H100", 3, pytest.approx(-1.0)),
-    ]
+    assert [(each.beside, each.tiles) for each in found[1:]] == [("NVIDIA H200", 3), ("NVIDIA H100", 3)]
+    assert [each.spearman for each in found[1:]] == [pytest.approx(1.0), pytest.approx(-1.0)]
     assert (found[0].beside, found[0].tiles) == (HAND, 3)
 
 

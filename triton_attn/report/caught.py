@@ -76,8 +76,8 @@ def _kept(entry: Mapping[str, Any]) -> Kept:
     counts = {name: int(entry[name]) for name in ("planted", "caught", "argued", "survived")}
     if min(counts.values()) < 0 or counts["planted"] != counts["caught"] + counts["argued"] + counts["survived"]:
         raise ValueError(f"{counts} do not add up")
-    texts = {name: str(entry[name]) for name in ("command", "triton", "hash")}
-    return Kept(**texts, **counts, faults=tuple(map(str, entry["faults"])))
+    command, triton, source_hash = (str(entry[name]) for name in ("command", "triton", "hash"))
+    return Kept(command, triton, source_hash, **counts, faults=tuple(map(str, entry["faults"])))
 
 
 def _told(tooth: Tooth) -> str:

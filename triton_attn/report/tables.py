@@ -122,7 +122,7 @@ def teeth(rows: Sequence[Tooth]) -> Table:
 
 def caught(kept: Mapping[str, Kept], stale: Container[str], catalog: Mapping[str, Mechanism]) -> Table:
     """One line for each kernel: how many of its seeded faults were caught when somebody last planted them."""
-    cells, wrong = [], []
+    cells, wrong = list[tuple[str, ...]](), []
     for row in catalog.values():
         for kernel in row.kernels:
             entry = kept.get(name := f"{row.name}/{kernel.name}")

@@ -182,8 +182,9 @@ def show_ranks(
                 correlated += beside
                 if all(row.fault for row in ranked):
                     lost.append(f"{task.name} {target} {task.key}: no tile may run")
-                for each in (*ranked, *beside) if as_json else ():
-                    print(json.dumps(asdict(each)), flush=True)
+                records = [*map(asdict, ranked), *map(asdict, beside)]
+                for record in records if as_json else ():
+                    print(json.dumps(record), flush=True)
                 if not as_json:
                     terminal.show(tables.ranked(ranked), f"{task.name} {target} {task.key}, {ranked[0].sizes}")
         if count - begun < len(tasks):
