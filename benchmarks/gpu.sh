@@ -1,12 +1,22 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: correctness of every kernel and tile, tuning, peers.
-# usage: benchmarks/gpu.sh [correctness|tune|peers ...]   (default: all three)
+# usage: benchmarks/gpu.sh [correctness|tune|peers|all ...]   (default: all, one after the other)
 # Results are JSON with device, driver and versions, in benchmarks/results; the tuned table goes to triton_attn/tables.
 # OUT=folder puts the results elsewhere too; WHEELS=folder holds wheels of what may be missing.
 set -eu
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+
+[ $# -gt 0 ] || set -- all
+steps=""
+for step in "$@"; do
+  case $step in
+    all) steps="$steps correctness tune peers" ;;
+    correctness | tune | peers) steps="$steps $step" ;;
+    *) echo "step is '$step'; allowed: correctness, tune, peers, all" >&2; exit 2 ;;
+  esac
+done
 
 missing() {
   "$python" - <<'CHECK'
@@ -37,9 +47,8 @@ if [ -n "$absent" ]; then
 fi
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
 
-[ $# -gt 0 ] || set -- correctness tune peers
 code=0
-for step in "$@"; do
+for step in $steps; do
   echo "== $step"
   "$python" benchmarks/on_gpu.py "$step" || code=$?
 done

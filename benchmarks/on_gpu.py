@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -31,6 +34,7 @@ DTYPES = {"16bit": (torch.float16, torch.bfloat16), "float32": (torch.float32,),
 JUDGED = (torch.float16, torch.bfloat16, torch.float32)
 LONGER = {"m": 13, "n": 13, "l": 13}  # times as long as the catalogue's small cases: several tiles
 REPEATS, TUNED = 250, "bfloat16"
+SANITIZER = "compute-sanitizer"
 Note = Callable[[dict[str, Any]], None]
 
 
@@ -70,6 +74,7 @@ def correctness(note: Note) -> None:
                             with precision(key.operands):
                                 _judge(note, row, kernel, case, dtype, {launch.name: tile}, tf32=key.operands == "tf32")
     large(note)
+    sanitized(note)
 
 
 def _judge(note: Note, row: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype, tile: Any, tf32: bool = False) -> None:
@@ -191,24 +196,68 @@ def tune(note: Note, seconds: float, out: Path) -> None:
     note({"tuned": str(table.name), "seconds": time.perf_counter() - before, "fault": "a key has no tile that is right" if lost else ""})
 
 
+def small(note: Note) -> None:
+    """A few calls of every kernel, as few as a tool that slows each of them by a hundred leaves time for."""
+    for row in CATALOG.values():
+        for kernel in dict.fromkeys(kernel for kernel, _, _ in launches(row)):
+            served = [case for case in row.cases if not kernel.refuses(*inputs.meta(row, case, torch.float16))]
+            for case in sorted(served, key=lambda case: sum(case.sizes.values()))[:2]:
+                _judge(note, row, kernel, case, torch.float16, None)
+
+
+def sanitized(note: Note, *, seconds: float = 150.0) -> None:
+    """`small` under compute-sanitizer, where that is on PATH: accesses out of bounds, and races in shared memory."""
+    tool = shutil.which(SANITIZER)
+    if tool is None:
+        note({"check": SANITIZER, "not run": "not on PATH"})
+        return
+    # torch hands out parts of large blocks: without its allocator a block ends where a tensor ends
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for check in ("memcheck", "racecheck"):
+        watched = [tool, "--tool", check, "--target-processes", "all", "--error-exitcode", "9", "--print-limit", "5"]
+        with tempfile.TemporaryDirectory() as folder:
+            command_line = [*watched, sys.executable, __file__, "small", "--out", folder]
+            said = {"check": f"{SANITIZER} {check}"}
+            try:
+                done = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+            except subprocess.TimeoutExpired:
+                note({**said, "not run": f"did not end within {seconds:.0f} s"})
+                continue
+        found = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+        note({**said, "fault": "; ".join(found[:3])[:300] or done.stderr[-300:] if done.returncode else ""})
+
+
 def peers(note: Note) -> None:
-    """Every GPU workload beside every peer that runs, forward and forward + backward."""
-    from benchmarks.peers import beside
+    """Every GPU workload beside every peer that runs, forward and forward + backward, with the ratio that is aimed at."""
+    from benchmarks.peers import beside, performer, target
+
+    def noted(row: dict[str, Any]) -> None:
+        aim = target(row["mechanism"], row["case"], row["direction"], row["peer"])
+        reached = {} if aim is None else {"target": aim, "reached": row["ratio"] >= aim}
+        said = "" if aim is None else f", target {aim:.2f} (on an H200){'' if row['ratio'] >= aim else ': missed'}"
+        print(f"{row['mechanism']} {row['case']}, {row['direction']}, beside {row['peer']}: {row['ratio']:.2f}{said}", flush=True)
+        note(row | reached)
 
     for row in map(beside, CATALOG.values()):
         for case in row.workloads["cuda"]:
             for peer in row.peers:
                 for direction in (bench.FORWARD, bench.BOTH):
                     try:
-                        note(asdict(bench.time_beside(row, case, peer, direction, WHERE, torch.bfloat16, seconds=2.0)))
+                        noted(asdict(bench.time_beside(row, case, peer, direction, WHERE, torch.bfloat16, seconds=2.0)))
                     except Exception as error:  # noqa: BLE001  a peer that cannot is a row that says so
-                        note({"case": case.name, "peer": peer, "direction": direction, "not run": f"{type(error).__name__}: {error}"[:200]})
+                        said = {"mechanism": row.name, "case": case.name, "peer": peer, "direction": direction}
+                        note(said | {"not run": f"{type(error).__name__}: {error}"[:200]})
+    try:
+        for found in performer(WHERE):
+            noted(found)
+    except Exception as error:  # noqa: BLE001  the peer's, whatever it is
+        note({"mechanism": "performer_attention", "peer": "performer-pytorch", "not run": f"{type(error).__name__}: {error}"[:200]})
 
 
 def main() -> int:
     """Run one step and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=("correctness", "tune", "peers"))
+    parser.add_argument("step", choices=("correctness", "tune", "peers", "small"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seconds", type=float, default=420.0)
     chosen = parser.parse_args()
@@ -226,11 +275,13 @@ def main() -> int:
         correctness(note)
     elif chosen.step == "tune":
         tune(note, chosen.seconds, chosen.out)
+    elif chosen.step == "small":
+        small(note)
     else:
         peers(note)
     wrong = sum(bool(row.get("fault")) for row in rows)
     print(f"{chosen.step}: {len(rows)} rows, {wrong} wrong, written to {path}")
-    return int(chosen.step == "correctness" and wrong > 0)
+    return int(chosen.step in ("correctness", "small") and wrong > 0)
 
 
 if __name__ == "__main__":

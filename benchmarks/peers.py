@@ -1,13 +1,16 @@
 """Peers that the package does not ship: `of_<row>()` gives those that run here. None is a dependency; `make bench` installs some.
 
-A peer takes the row's arguments, and raises NotImplementedError for what it lacks.
+A peer takes the row's arguments, and raises NotImplementedError for what it lacks. Those of the scan are in mamba_peers.py. TARGETS has
+what a ratio is to reach on an H200; none of them has been measured yet.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +18,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.mamba_peers import of_causal_conv1d, of_selective_scan
+from triton_attn import orthogonal_projection, performer_attention
+from triton_attn.bench import BOTH, FORWARD, interleave
 from triton_attn.mechanism import Mechanism
 
 Call = Callable[..., Any]
+
+# (mechanism, workload, direction) -> peer -> the peer's time over ours that is aimed at, bfloat16 on an H200
+TARGETS: dict[tuple[str, str, str], dict[str, float]] = {
+    ("attention", "dense d128", FORWARD): {"FA4": 0.92, "SDPA cuDNN": 0.92, "SDPA flash": 1.6, "FlexAttention": 1.25},
+    ("attention", "dense d64", FORWARD): {"FA4": 0.95, "SDPA cuDNN": 0.95},
+    ("attention", "causal d128 16k", FORWARD): {"FA4": 0.92, "SDPA cuDNN": 0.92},
+    ("attention", "causal d128 2k", FORWARD): {"FA4": 0.95, "SDPA cuDNN": 0.95},
+    ("attention", "short d64", FORWARD): {"FA4": 1.05, "SDPA cuDNN": 1.05},
+    ("attention", "dropout d64", BOTH): {"SDPA flash": 1.4, "SDPA cuDNN": 0.85},
+    ("attention", "padded keys d64", BOTH): {"FlexAttention": 1.4, "SDPA efficient": 2.0},
+    ("attention", "cross d64", FORWARD): {"FA4": 1.0, "SDPA cuDNN": 1.0, "SDPA flash": 1.0, "SDPA efficient": 1.0},
+    ("local_global_attention", "window 512, 64 summaries, d128", FORWARD): {"FlexAttention": 1.4},
+    ("local_global_attention", "window 128, d64", FORWARD): {"FlexAttention": 1.8, "local-attention": 6.0},
+    ("subset_attention", "one key in eight", FORWARD): {"torch SDPA on a copy, without own keys": 1.1},
+    ("dilated_attention", "16k, three branches", FORWARD): {"torchscale's way": 3.0},
+    ("dilated_attention", "16k, three branches", BOTH): {"torchscale's way": 3.0},
+    ("linear_attention", "causal 8k, 96 heads", FORWARD): {"fla chunk": 3.0, "fla fused chunk": 3.0},
+    ("linear_attention", "causal 8k, 96 heads", BOTH): {"fla chunk": 3.0, "fla fused chunk": 3.0},
+    ("linear_attention", "causal 16k, 16 heads", FORWARD): {"fla chunk": 3.0, "fla fused chunk": 3.0},
+    ("linear_attention", "causal 16k, 16 heads", BOTH): {"fla chunk": 3.0, "fla fused chunk": 3.0},
+    ("selective_scan", "batch 8, 2048 tokens", FORWARD): {"mamba-ssm": 1.7, "mambapy": 20.0},
+    ("selective_scan", "batch 8, 2048 tokens", BOTH): {"mamba-ssm": 1.4},
+    ("selective_scan", "batch 1, 16384 tokens", FORWARD): {"mamba-ssm": 1.7, "mambapy": 20.0},
+    ("causal_conv1d", "batch 8, 2048 tokens", FORWARD): {"causal-conv1d": 1.0, "fla": 1.0},
+    ("performer_attention", "4k, 256 features", FORWARD): {"performer-pytorch": 6.0},
+    ("performer_attention", "4k, 256 features, causal", FORWARD): {"performer-pytorch": 30.0},
+}
+
+
+def target(mechanism: str, workload: str, direction: str, peer: str) -> float | None:
+    """The ratio aimed at, where there is one."""
+    return TARGETS.get((mechanism, workload, direction), {}).get(peer)
 
 
 def beside(row: Mechanism) -> Mechanism:
@@ -37,6 +75,8 @@ def of_attention() -> dict[str, Call]:
     }
     if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         peers["FA4"] = _fa4
+    if importlib.util.find_spec("fla"):
+        peers["fla"] = _fla_attention
     return peers
 
 
@@ -48,6 +88,21 @@ def of_local_global_attention() -> dict[str, Call]:
     peers: dict[str, Call] = {"FlexAttention": _flex(_local_global)}
     if importlib.util.find_spec("local_attention"):
         peers["local-attention"] = _local_attention()
+    return peers
+
+
+def of_linear_attention() -> dict[str, Call]:
+    """fla's two ways over chunks."""
+    return {"fla chunk": _fla_linear("chunk"), "fla fused chunk": _fla_linear("fused chunk")} if importlib.util.find_spec("fla") else {}
+
+
+def of_add_layer_norm() -> dict[str, Call]:
+    """fla's, which adds in the kernel, and Liger's, which does not."""
+    peers: dict[str, Call] = {}
+    if importlib.util.find_spec("fla"):
+        peers["fla"] = _fla_norm
+    if importlib.util.find_spec("liger_kernel"):
+        peers["eager sum, Liger"] = _liger_norm
     return peers
 
 
@@ -191,94 +246,79 @@ def _fa4(
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-def of_selective_scan() -> dict[str, Call]:
-    """mambapy's scan, the loop of Hugging Face's Mamba, mamba_ssm."""
-    peers: dict[str, Call] = {}
-    if importlib.util.find_spec("mambapy"):
-        peers["mambapy"] = _mambapy
-    if importlib.util.find_spec("transformers"):
-        peers["transformers' loop"] = _transformers
-    if importlib.util.find_spec("mamba_ssm") and importlib.util.find_spec("selective_scan_cuda"):
-        peers["mamba-ssm"] = _mamba_ssm
-    return peers
-
-
-def of_causal_conv1d() -> dict[str, Call]:
-    return {"causal-conv1d": _causal_conv1d} if importlib.util.find_spec("causal_conv1d") else {}
-
-
-def _one_group(given: dict[str, Any], B: Any, C: Any) -> tuple[Any, Any]:
-    """(B, N, L) twice; these peers know nothing of ours beside mamba_ssm's arguments."""
-    if any(x is not None for x in given.values()) or B.shape[1] != 1:
-        raise NotImplementedError("no masks, states, packed sequences or groups")
-    return B[:, 0], C[:, 0]
-
-
-def _mambapy(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
-    delta_softplus: bool = False,
-    **given: Any,
+def _fla_attention(
+    query: Any, key: Any, value: Any, *, mask: Any = None, key_padding_mask: Any = None, causal: Any = False, dropout_p: float = 0.0
 ) -> Any:
-    """As mambapy's block calls its scan."""
-    from mambapy.pscan import pscan
+    """fla's softmax attention, which is causal."""
+    from fla.ops.attn import parallel_attn
 
-    B, C = (x.mT for x in _one_group(given, B, C))
-    size = (delta if delta_bias is None else delta + delta_bias[:, None]).mT
-    size = F.softplus(size) if delta_softplus else size
-    decay = torch.exp(size.unsqueeze(-1) * A)
-    states = pscan(decay, size.unsqueeze(-1) * B.unsqueeze(2) * u.mT.unsqueeze(-1))
-    y = (states @ C.unsqueeze(-1)).squeeze(3).mT
-    y = y if D is None else y + D[:, None] * u
-    return y if z is None else y * F.silu(z)
+    if dropout_p or mask is not None or key_padding_mask is not None or not causal or query.shape[2] != key.shape[2]:
+        raise NotImplementedError("causal attention of a sequence to itself, no dropout, no mask")
+    return parallel_attn(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
-def _transformers(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
-    delta_softplus: bool = False,
-    **given: Any,
-) -> Any:
-    """What Hugging Face's Mamba does without mamba_ssm: a loop over steps."""
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+def _fla_linear(way: str) -> Call:
+    """Its features are made before, in memory."""
 
-    return mamba_selective_scan(u, delta, A, *_one_group(given, B, C), D, z, delta_bias, delta_softplus)
+    def call(
+        query: Any, key: Any, value: Any, *, feature_map: str = "elu", causal: bool = False, normalize: bool = True, **given: Any
+    ) -> Any:
+        from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn
 
+        if not causal or query.shape[1] != key.shape[1] or any(x is not None for x in given.values()):
+            raise NotImplementedError("causal, one key head for each query head, no padding, states, scale or eps")
+        q, k = (FEATURES[feature_map](x).transpose(1, 2) for x in (query, key))
+        attend = chunk_linear_attn if way == "chunk" else fused_chunk_linear_attn
+        out, _ = attend(q, k, value.transpose(1, 2), scale=1.0, normalize=normalize)
+        return out.transpose(1, 2)
 
-def _mamba_ssm(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any = None,
-    z: Any = None,
-    delta_bias: Any = None,
-    delta_softplus: bool = False,
-    **given: Any,
-) -> Any:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    return selective_scan_fn(u, delta, A, *_one_group(given, B, C), D, z, delta_bias, delta_softplus)
+    return call
 
 
-def _causal_conv1d(
-    x: Any, weight: Any, bias: Any = None, activation: Any = None, *, initial_states: Any = None, seq_idx: Any = None
-) -> Any:
-    from causal_conv1d import causal_conv1d_fn
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "crelu": lambda x: torch.cat((x.relu(), (-x).relu()), -1),
+    "identity": lambda x: x,
+}
 
-    if initial_states is not None or seq_idx is not None:
-        raise NotImplementedError("only of channels last")
-    return causal_conv1d_fn(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
+
+def _fla_norm(x: Any, residual: Any = None, weight: Any = None, bias: Any = None, *, alpha: float = 1.0, eps: float = 1e-5) -> Any:
+    try:
+        from fla.modules.norm.layernorm import layer_norm
+    except ImportError:  # where other versions keep it
+        from fla.modules.layernorm import layer_norm
+
+    if alpha != 1.0 or weight is None:
+        raise NotImplementedError("no alpha, and a weight")
+    return layer_norm(x, weight, bias, residual=residual, eps=eps)
+
+
+def _liger_norm(x: Any, residual: Any = None, weight: Any = None, bias: Any = None, *, alpha: float = 1.0, eps: float = 1e-5) -> Any:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    if weight is None or bias is None:
+        raise NotImplementedError("a weight and a bias")
+    return LigerLayerNormFunction.apply(x if residual is None else x + alpha * residual, weight, bias, eps)
+
+
+def performer(where: torch.device, *, length: int = 4096, seconds: float = 2.0) -> Iterator[dict[str, Any]]:
+    """Performer attention, which is no row of its own, beside performer-pytorch: whole and causal."""
+    if importlib.util.find_spec("performer_pytorch") is None:
+        return
+    from performer_pytorch import FastAttention
+
+    for causal in (False, True):
+        query, key, value = (torch.randn(1, 8, length, 64, device=where) for _ in range(3))
+        theirs = FastAttention(dim_heads=64, nb_features=256, causal=causal).to(where)
+        projection = orthogonal_projection(256, 64, device=where)
+        calls = (partial(performer_attention, query, key, value, projection, causal=causal), partial(theirs, query, key, value))
+        with torch.no_grad():
+            ours, peers = interleave(*calls, where, seconds=seconds)
+        ratio = statistics.median(b / a for a, b in zip(ours, peers, strict=True))
+        times = {"milliseconds": 1e3 * statistics.median(ours), "peer_milliseconds": 1e3 * statistics.median(peers), "ratio": ratio}
+        case = f"4k, 256 features{', causal' if causal else ''}" if length == 4096 else f"{length}, causal {causal}"
+        yield {"mechanism": "performer_attention", "case": case, "direction": FORWARD, "peer": "performer-pytorch", **times}
+
+
+__all__ = ["TARGETS", "beside", "of_causal_conv1d", "of_selective_scan", "performer", "target"]

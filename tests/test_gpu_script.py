@@ -49,8 +49,10 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
     return []
 
 
-def test_correctness_judges_every_kernel_launch_and_key(rows: list[dict[str, Any]]) -> None:
+def test_correctness_judges_every_kernel_launch_and_key(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "SANITIZER", "no-such-tool")
     on_gpu.correctness(rows.append)
+    assert rows.pop() == {"check": "no-such-tool", "not run": "not on PATH"}
     assert {row["kernel"] for row in rows if "kernel" in row} == {"descriptors", "pointers"}
     assert {launch for row in rows if row.get("tile") for launch in row["tile"]} == {"forward", "split", "backward_query", "backward_key"}
     assert not [row["fault"] for row in rows if row["fault"]]
@@ -112,6 +114,72 @@ def test_the_shell_script_says_what_is_missing(tmp_path: Path) -> None:
     said = subprocess.run(script, env={**environment, "PYTHON": str(bare)}, capture_output=True, text=True, timeout=120, check=False)
     assert said.returncode == 2
     assert said.stderr.startswith("missing: torch>=2.11 triton>=3.6" if "torch>=" in said.stderr else "missing: torch triton einops")
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ([], "correctness tune peers"),
+        (["all"], "correctness tune peers"),
+        (["peers", "tune"], "peers tune"),
+        (["tune", "all"], "tune correctness tune peers"),
+    ],
+)
+def test_the_shell_script_runs_the_steps_given_or_all(tmp_path: Path, given: list[str], steps: str) -> None:
+    said = subprocess.run(script(tmp_path, *given), capture_output=True, text=True, timeout=60, check=False)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.split("\n")[:-1] == [line for step in steps.split() for line in (f"== {step}", f"ran benchmarks/on_gpu.py {step}")]
+
+
+def test_the_shell_script_refuses_another_step_before_it_runs_anything(tmp_path: Path) -> None:
+    said = subprocess.run(script(tmp_path, "tune", "everything"), capture_output=True, text=True, timeout=60, check=False)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr == "step is 'everything'; allowed: correctness, tune, peers, all\n"
+
+
+def script(tmp_path: Path, *steps: str) -> list[str]:
+    """The script with a Python that misses nothing, has a GPU, and says what it was to run."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase $1 in -|-c) exit 0;; esac\necho ran "$@"\n')
+    python.chmod(0o755)
+    return ["env", "-u", "OUT", f"PYTHON={python}", "bash", str(ROOT / "benchmarks" / "gpu.sh"), *steps]
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {log}
+echo "caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING" >> {log}
+case $2 in racecheck) echo '========= Race reported'; echo chatter; exit 9;; esac
+"""
+
+
+def test_compute_sanitizer_watches_a_few_calls_where_it_is_on_path(
+    rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log, tool = tmp_path / "log", tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(log=log))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    on_gpu.sanitized(rows.append)
+    assert rows == [
+        {"check": "compute-sanitizer memcheck", "fault": ""},
+        {"check": "compute-sanitizer racecheck", "fault": "========= Race reported"},
+    ]
+    asked = log.read_text()
+    assert "caching off: 1" in asked
+    assert f"{sys.executable} {on_gpu.__file__} small --out" in asked
+    tool.write_text("#!/bin/sh\nsleep 20\n")
+    on_gpu.sanitized(rows.append, seconds=0.2)
+    assert rows[-1]["not run"] == "did not end within 0 s"
+    monkeypatch.setattr(on_gpu, "SANITIZER", "no-such-tool")
+    on_gpu.sanitized(rows.append)
+    assert rows[-1] == {"check": "no-such-tool", "not run": "not on PATH"}
+
+
+def test_the_few_calls_are_of_every_kernel(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "small", "--out", str(tmp_path)])
+    assert on_gpu.main() == 0
+    written = json.loads((tmp_path / "nvidia_h200-small.json").read_text())["rows"]
+    assert [(row["kernel"], row["fault"]) for row in written] == [("descriptors", ""), ("pointers", "")]
 
 
 def test_results_are_json_with_versions(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ MOST_LINES, MOST_LINES_OF_CASES = 350, 450  # tests are tables of cases
 
 RESTRICTED = "triton_attn/vit/pickled_arrays.py"
 BELOW = "mechanism device arguments tiles dispatch operators"
-WORKERS = "verify bench offline teeth tuning.tune tuning.ledger tuning.without_gpu tuning.autotune tuning.__init__"
+WORKERS = (
+    "verify bench offline teeth tuning.tune tuning.ledger tuning.without_gpu tuning.roofline tuning.ranking tuning.autotune tuning.__init__"
+)
 
 # room: what it may import of ours, and of others beside the standard library; the first row that fits counts
 MAY_IMPORT: dict[str, tuple[str, str]] = {

@@ -81,7 +81,7 @@ def test_choosing_again_compiles_only_what_has_changed(monkeypatch: pytest.Monke
     pytest.importorskip("triton")
     asked: list[Any] = []
 
-    def ask(tasks: list[Any], jobs: int) -> tuple[()]:
+    def ask(run: Any, tasks: list[Any], jobs: int) -> tuple[()]:
         asked.extend(tasks)
         return ()
 

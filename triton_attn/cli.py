@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -162,6 +163,7 @@ def teeth(
     names: Names = None,
     some: Annotated[int | None, typer.Option(min=1, help="Plant only so many faults in each kernel.")] = None,
     seed: Annotated[int, typer.Option(help="Which ones, with --some.")] = 0,
+    kept: Annotated[Path | None, typer.Option("--keep", help="Put what became of them into this file, which the report shows.")] = None,
     as_json: Json = False,
 ) -> int:
     """Plant faults in kernels, one after the other, and count which of them the row's cases catch. Runs in the interpreter."""
@@ -172,14 +174,23 @@ def teeth(
         from triton_attn.report import gather
 
         device.interpret()
-        chosen = ["--seed", str(seed), *(["--some", str(some)] if some else [])]
+        chosen = ["--seed", str(seed), *(["--some", str(some)] if some else []), *(["--keep", str(kept)] if kept else [])]
         return gather.again("teeth", *(row.name for row in mechanisms), *chosen, seconds=math.inf, as_json=as_json)
     from triton_attn import teeth as planting
-    from triton_attn.report import parts, rows, tables, terminal
+    from triton_attn.report import caught, parts, rows, tables, terminal
+
+    if kept is not None and kept.exists():
+        try:
+            caught.read(kept)  # what cannot be added to had better be known before minutes have gone by
+        except ValueError as error:
+            raise BadArgument(str(error)) from error
 
     log = parts.Log()
     with terminal.progress(None, json=as_json) as (log.tick, step):
         found = rows.collect(planting.teeth(mechanisms, some=some, seed=seed, tick=log.tick), as_json, lambda done: step(len(done)))
+    if kept is not None:
+        command = ["triton-attn teeth", *(row.name for row in mechanisms), *([f"--some {some} --seed {seed}"] if some else [])]
+        caught.keep(kept, found, CATALOG, " ".join(command))
     faults = [f"{row.mechanism}/{row.kernel} {row.function}:{row.line} {row.fault}" for row in found if row.fault]
     if not as_json:
         terminal.show(tables.teeth(found))

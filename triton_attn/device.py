@@ -38,6 +38,28 @@ LIMITS: dict[tuple[int, int], Limits] = {
 
 
 @dataclass(frozen=True)
+class Peaks:
+    """What a whole GPU can do at most, per second. A multiply-add is two FLOPs; products are dense ones."""
+
+    multiprocessors: int
+    tensor: float  # FLOPs of 16-bit products
+    tf32: float
+    fp32: float  # without tensor cores
+    bandwidth: float  # bytes from memory
+    cache: float  # bytes from the second-level cache
+    shared: float  # bytes from shared memory
+    exponentials: float
+
+
+# Data sheets of A100 80 GB SXM and H100 SXM; per clock and multiprocessor 16 exponentials and 128 bytes of shared memory (CUDA programming
+# guide). The cache: 5120 bytes per clock by the whitepaper of A100; nobody has published H100's, so the same per clock is a guess.
+PEAKS: dict[tuple[int, int], Peaks] = {
+    (8, 0): Peaks(108, 312e12, 156e12, 19.5e12, 2.04e12, 7.2e12, 19.5e12, 2.44e12),
+    (9, 0): Peaks(132, 989e12, 495e12, 67e12, 3.35e12, 9.0e12, 33.5e12, 4.18e12),
+}
+
+
+@dataclass(frozen=True)
 class Profile:
     """A device as the dispatcher sees it. `refusal` says why no kernel runs there; empty where some may."""
 

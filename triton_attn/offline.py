@@ -7,6 +7,7 @@ stand for the arguments. The interpreter must be off: it accepts what the compil
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import re
 import subprocess
@@ -17,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,9 @@ from triton_attn import device, tiles
 from triton_attn.mechanism import Case, Kernel, Launch, Mechanism
 from triton_attn.testing import inputs
 from triton_attn.tiles import Usage
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 class CompileError(RuntimeError):
@@ -53,20 +57,32 @@ class _Driver:
         return True
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A compiled kernel, and how many programs it was launched with."""
+
+    kernel: Any
+    programs: int
+
+
+def _programs(grid: Any, options: dict[str, Any]) -> int:
+    return math.prod(grid(options) if callable(grid) else grid)
+
+
 @contextlib.contextmanager
-def compiling_for(capability: tuple[int, int]) -> Iterator[list[Any]]:
-    """Inside, a launch compiles for `capability` and does not run; yields the list of kernels compiled so far."""
+def compiling_for(capability: tuple[int, int]) -> Iterator[list[Launched]]:
+    """Inside, a launch compiles for `capability` and does not run; yields the list of what was launched so far."""
     if device.interpreting():
         raise CompileError("TRITON_INTERPRET=1 is set: interpreter and compiler cannot share a process")
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    compiled: list[Any] = []
+    compiled: list[Launched] = []
     launch = JITFunction.run
 
     def warm(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled.append(launch(self, *args, grid=grid, warmup=True, **options))
-        return compiled[-1]
+        compiled.append(Launched(launch(self, *args, grid=grid, warmup=True, **options), _programs(grid, options)))
+        return compiled[-1].kernel
 
     active = driver._active  # `driver.active` would look for a GPU
     driver.set_active(_Driver(capability))
@@ -79,16 +95,16 @@ def compiling_for(capability: tuple[int, int]) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Any]]:
-    """Inside, launches run as ever; yields the list of the kernels compiled for them. The interpreter compiles none."""
+def recording() -> Iterator[list[Launched]]:
+    """Inside, launches run as ever; yields the list of them. The interpreter compiles none, and none is listed."""
     from triton.runtime.jit import JITFunction
 
-    compiled: list[Any] = []
+    compiled: list[Launched] = []
     launch = JITFunction.run
 
-    def run(self: Any, *args: Any, **options: Any) -> Any:
-        compiled.append(launch(self, *args, **options))
-        return compiled[-1]
+    def run(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
+        compiled.append(Launched(launch(self, *args, grid=grid, **options), _programs(grid, options)))
+        return compiled[-1].kernel
 
     JITFunction.run = run
     try:
@@ -177,7 +193,7 @@ def compile_rows(
                 candidates = space.of(nominal.capability, key) if every else (tiles.look_up(full, space, key, nominal).tile,)
                 tasks += [(row.name, kernel.name, launch.name, key, (tile,), target) for tile in candidates]
     start = time.perf_counter()
-    for task, result in shared_out(tasks, jobs):
+    for task, result in shared_out(first_legal, tasks, jobs):
         tick(f"{task[0]}/{task[1]}/{task[2]} {task[-1]} {task[3]}")
         if result is not None:
             yield result
@@ -188,13 +204,13 @@ def compile_rows(
 Task = tuple[str, str, str, tiles.Key, tuple[tiles.Tile, ...], str]  # row, kernel, launch, key, candidates, target
 
 
-def shared_out(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | None]]:
+def shared_out(run: Callable[[Asked], Answer], tasks: Sequence[Asked], jobs: int) -> Iterator[tuple[Asked, Answer]]:
     """Run tasks in order, in this process or in several."""
     if jobs == 1:
-        yield from ((task, first_legal(task)) for task in tasks)
+        yield from ((task, run(task)) for task in tasks)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(first_legal, task) for task in tasks]
+        futures = [pool.submit(run, task) for task in tasks]
         try:
             yield from ((task, future.result()) for task, future in zip(tasks, futures, strict=True))
         finally:
@@ -234,7 +250,7 @@ def compile_tile(row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key,
     worst, fault = None, ""
     try:
         for case in row.probes(key.width, key.plain):
-            for used in _probe(row, kernel, launch, key, tile, capability, case):
+            for used in (part.usage for part in parts(row, kernel, launch, key.operands, tile, capability, case)):
                 fault = fault or tiles.illegal(used, limits)
                 worst = used if worst is None else max(worst, used, key=_demand)
     except Exception as error:  # noqa: BLE001  the compiler's own errors have no common base
@@ -244,14 +260,22 @@ def compile_tile(row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key,
     return Compiled(row.name, kernel.name, launch.name, target, str(key), str(tile), worst, blocks, spent, fault)
 
 
-def _probe(
-    row: Mechanism, kernel: Kernel, launch: Launch, key: tiles.Key, tile: tiles.Tile, capability: tuple[int, int], case: Case
-) -> list[Usage]:
+@dataclass(frozen=True)
+class Part:
+    """One kernel of a launch: how many programs its grid has, and what each takes."""
+
+    programs: int
+    usage: Usage
+
+
+def parts(
+    row: Mechanism, kernel: Kernel, launch: Launch, operands: str, tile: tiles.Tile, capability: tuple[int, int], case: Case
+) -> list[Part]:
     """Compile one call: every kernel that it launches; none where the kernel refuses it."""
-    tensors, options = inputs.meta(row, case, DTYPES[key.operands])
+    tensors, options = inputs.meta(row, case, DTYPES[operands])
     code = kernel.load()
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if key.operands == "float32" else "high")
+    torch.set_float32_matmul_precision("highest" if operands == "float32" else "high")
     try:
         if kernel.refuses(tensors, options):
             return []
@@ -262,7 +286,7 @@ def _probe(
                 made = {
                     name: torch.empty(
                         inputs.shape(given.axes, case.sizes),
-                        dtype=torch.float32 if given.dtype == "float32" else DTYPES[key.operands],
+                        dtype=torch.float32 if given.dtype == "float32" else DTYPES[operands],
                         device="meta",
                     )
                     for name, given in row.outputs.items()
@@ -272,7 +296,7 @@ def _probe(
                 code.backward(first, *(None for _ in others), **tensors, **made, **options, needs=needs, tile={launch.name: tile})
     finally:
         torch.set_float32_matmul_precision(precision)
-    return [usage(each) for each in compiled]
+    return [Part(each.programs, usage(each.kernel)) for each in compiled]
 
 
 def _demand(used: Usage) -> tuple[int, int, int]:

@@ -10,6 +10,8 @@ from triton_attn.bench import LENGTH, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.report.caught import Kept
+from triton_attn.tuning.ranking import Correlation, of_trials
 from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
@@ -29,6 +31,8 @@ class Results:
     faults: list[str] = field(default_factory=list)  # what did not run to its end
     seconds: float = 0.0
     trials: list[Trial] = field(default_factory=list)  # of this device and its user's tuner
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # by "mechanism/kernel"
+    stale: frozenset[str] = frozenset()  # those of them whose kernel has changed
 
     @property
     def calls(self) -> list[Call]:
@@ -42,6 +46,11 @@ class Results:
     def lengths(self) -> bool:
         """Whether something was timed at several lengths."""
         return any(row.case.startswith(LENGTH) for row in self.timings)
+
+    @property
+    def correlations(self) -> list[Correlation]:
+        """How far predicted times of what was tuned here order tiles as measured ones do."""
+        return of_trials([trial for trial in self.trials if trial.predicted is not None])
 
     @property
     def wrong(self) -> list[str]:

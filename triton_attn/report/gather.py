@@ -18,7 +18,7 @@ from triton_attn import device as here
 from triton_attn.bench import Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
-from triton_attn.report import Results
+from triton_attn.report import Results, caught
 from triton_attn.report.calls import Call
 from triton_attn.report.rows import AnyRow, from_json
 from triton_attn.report.terminal import FAILED, PREFIX, complain
@@ -66,8 +66,22 @@ def gather(
     explain = ["explain", *names, "--device", device, "--target", joined, "--workloads"]
     results.explained = _part(Call, explain, None, results, tick)
     results.trials = _tried(device)
+    _caught(results)
     results.seconds = time.perf_counter() - start
     return results
+
+
+def _caught(results: Results) -> None:
+    """What is kept of seeded faults; without triton nobody can say whether a kernel has changed since."""
+    try:
+        results.kept = caught.read(caught.KEPT) if caught.KEPT.is_file() else {}
+    except (ValueError, OSError) as error:
+        results.faults.append(str(error))
+    if results.machine["triton"]:
+        kernels = {f"{row.name}/{kernel.name}": kernel for row in results.catalog.values() for kernel in row.kernels}
+        results.stale = frozenset(
+            name for name, entry in results.kept.items() if name in kernels and entry.hash != caught.hash_of(kernels[name])
+        )
 
 
 def _tried(where: str) -> list[Trial]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from triton_attn.bench import BOTH, FORWARD, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.report.caught import Kept
 from triton_attn.report.comparison import Change
 from triton_attn.teeth import Tooth
+from triton_attn.tuning.ranking import Correlation, Ranked
 from triton_attn.tuning.tune import Trial, winner
 from triton_attn.verify import Verdict
 
@@ -118,6 +120,23 @@ def teeth(rows: Sequence[Tooth]) -> Table:
     return Table(titles, cells, frozenset(i for i, cell in enumerate(cells) if cell[-1] != "0"))
 
 
+def caught(kept: Mapping[str, Kept], stale: Container[str], catalog: Mapping[str, Mechanism]) -> Table:
+    """One line for each kernel: how many of its seeded faults were caught when somebody last planted them."""
+    cells, wrong = list[tuple[str, ...]](), []
+    for row in catalog.values():
+        for kernel in row.kernels:
+            entry = kept.get(name := f"{row.name}/{kernel.name}")
+            if entry is None:
+                cells.append((name, *(NOT_RUN,) * 4, ""))
+                continue
+            if entry.survived:
+                wrong.append(len(cells))
+            counts = tuple(map(str, (entry.planted, entry.caught, entry.argued, entry.survived)))
+            changed = "; the kernel has changed since" if name in stale else ""
+            cells.append((name, *counts, f"{entry.command}, triton {entry.triton}{changed}"))
+    return Table(("kernel", "planted>", "caught>", "argued>", "survived>", "by"), cells, frozenset(wrong))
+
+
 def checks_by_implementation(rows: Sequence[Verdict], catalog: Mapping[str, Mechanism]) -> Table:
     """One line for everything that an implementation was put through."""
     groups: dict[tuple[str, str, str], list[Verdict]] = {}
@@ -154,6 +173,37 @@ def tuned(rows: Sequence[Trial]) -> Table:
             wrong.append(place)
     titles = ("launch", "key", "sizes", "fastest right tile", "time>", "spread>", "gain over the first>", "tried>", "not fit to run>")
     return Table(titles, cells, frozenset(wrong))
+
+
+def ranked(rows: Sequence[Ranked]) -> Table:
+    """One launch's tiles by predicted time, with what each takes of a multiprocessor."""
+    cells = []
+    for row in rows:
+        time = "-" if row.milliseconds is None else _milliseconds(row.milliseconds)
+        used = tuple("-" if number is None else str(number) for number in (row.registers, row.spilled, row.shared))
+        cells.append((str(row.place), row.tile, *used, str(row.blocks), time, row.bound, str(row.listed), row.fault or "may run"))
+    titles = (
+        "place>",
+        "tile",
+        "registers>",
+        "spilled B>",
+        "shared B>",
+        "blocks>",
+        "predicted>",
+        "most time in",
+        "in hand order>",
+        "verdict",
+    )
+    return Table(titles, cells, _faulty(rows))
+
+
+def correlations(rows: Sequence[Correlation]) -> Table:
+    """How far the predicted order of each launch's tiles agrees with another."""
+    cells = [
+        (row.launch, row.target, row.key, row.beside, str(row.tiles), "too few" if row.spearman is None else f"{row.spearman:+.2f}")
+        for row in rows
+    ]
+    return Table(("launch", "target", "key", "beside", "tiles>", "rank correlation>"), cells)
 
 
 def kernels(rows: Sequence[Compiled]) -> Table:
@@ -264,5 +314,5 @@ def _share_of(part: int, whole: int) -> str:
     return f"{part} of {whole}" if whole else NOT_RUN
 
 
-def _faulty(rows: Sequence[Verdict | Compiled]) -> frozenset[int]:
+def _faulty(rows: Sequence[Verdict | Compiled | Ranked]) -> frozenset[int]:
     return frozenset(place for place, row in enumerate(rows) if row.fault)

@@ -17,9 +17,10 @@ from triton_attn.command_line import BadArgument, Device, Json, Names, Targets, 
 from triton_attn.mechanism import Case, Mechanism
 
 if TYPE_CHECKING:
-    from triton_attn.tuning.tune import Clock
+    from triton_attn.tuning.tune import Clock, Task
 
 EVERY = 7  # with --check, of the keys of a table
+PREDICTED = "Predicted order beside others, Spearman's rank correlation"
 
 
 def tune(
@@ -36,6 +37,9 @@ def tune(
         bool, typer.Option("--offline", help="Without a GPU: the first tile that compiles, fits and does not spill.")
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="With --offline: write nothing; say whether the tables still hold.")] = False,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="With --offline: write no table; order every candidate by the time that a model predicts.")
+    ] = False,
     target: Targets = "sm_80,sm_90",
     jobs: Annotated[int, typer.Option(min=1, help="With --offline: how many processes compile.")] = 1,
     as_json: Json = False,
@@ -46,6 +50,17 @@ def tune(
         raise BadArgument("triton is not installed: there is nothing to tune")
     if device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
+    if dtype:
+        from triton_attn.tuning.tune import DTYPES
+
+        for one in dtype:
+            if one not in DTYPES:
+                raise BadArgument(f"dtype is {one!r}; allowed: {', '.join(DTYPES)}")
+    if rank and (check or not offline):
+        raise BadArgument("--rank is given " + ("with --check, which writes nothing either" if check else "without --offline"))
+    if rank:
+        place, asked = _place(folder), (size or (), dtype or ("bfloat16",))
+        return show_ranks(mechanisms, targets_of(target), place, *asked, jobs=jobs, budget=wanted, resume=resume, as_json=as_json)
     if offline:
         return _offline(mechanisms, targets_of(target), folder or tiles.SHIPPED, jobs, check=check, anew=not resume, as_json=as_json)
     if check:
@@ -53,18 +68,12 @@ def tune(
     where = where_of(device_name)
     if where.type != "cuda":
         raise BadArgument("no GPU is here, so nothing can be timed; --offline chooses by what the compiler says")
-    from triton_attn.tuning.tune import DTYPES, gpu_clock
+    from triton_attn.tuning.tune import gpu_clock
 
-    for one in dtype or ():
-        if one not in DTYPES:
-            raise BadArgument(f"dtype is {one!r}; allowed: {', '.join(DTYPES)}")
-    place = folder or device.user_tables()
-    if place is None:
-        raise BadArgument("folder is not given, TRITON_ATTN_TILES is not set and platformdirs is not installed")
     return run(
         mechanisms,
         where,
-        place,
+        _place(folder),
         sizes=size or (),
         dtypes=dtype or ("bfloat16",),
         budget=wanted,
@@ -72,6 +81,30 @@ def tune(
         as_json=as_json,
         clock=gpu_clock,
     )
+
+
+def _place(folder: Path | None) -> Path:
+    place = folder or device.user_tables()
+    if place is None:
+        raise BadArgument("folder is not given, TRITON_ATTN_TILES is not set and platformdirs is not installed")
+    return place
+
+
+def _planned(mechanisms: Sequence[Mechanism], sizes: Sequence[str], dtypes: Sequence[str], profile: device.Profile) -> list[Task]:
+    """The tasks of the workloads at the sizes given."""
+    from triton_attn.report import calls
+    from triton_attn.tuning import tune as tuner
+
+    def cases(row: Mechanism) -> Iterable[Case]:
+        for case in row.workloads["cuda"]:
+            # of several mechanisms, each takes the sizes of the axes that it has
+            given = [text for text in sizes if text.partition("=")[0] in case.sizes or len(mechanisms) == 1]
+            yield calls.sized(row.name, case, given)
+
+    try:
+        return tuner.plan(mechanisms, cases, dtypes, profile)
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
 
 
 def run(
@@ -87,22 +120,13 @@ def run(
     as_json: bool = False,
 ) -> int:
     """Tune a device's workloads; 1 if some key has no tile that is right."""
-    from triton_attn.report import calls, tables, terminal
+    from triton_attn.report import tables, terminal
+    from triton_attn.tuning import ranking
     from triton_attn.tuning import tune as tuner
     from triton_attn.tuning.ledger import Ledger
 
     profile = device.profile(where.index or 0)
-
-    def cases(row: Mechanism) -> Iterable[Case]:
-        for case in row.workloads["cuda"]:
-            # of several mechanisms, each takes the sizes of the axes that it has
-            given = [text for text in sizes if text.partition("=")[0] in case.sizes or len(mechanisms) == 1]
-            yield calls.sized(row.name, case, given)
-
-    try:
-        tasks = tuner.plan(mechanisms, cases, dtypes, profile)
-    except ValueError as error:
-        raise BadArgument(str(error)) from error
+    tasks = _planned(mechanisms, sizes, dtypes, profile)
     ledger = Ledger(folder, profile, anew=not resume)
     found = []
     with terminal.progress(len(tasks), json=as_json) as (tick, step):
@@ -115,11 +139,59 @@ def run(
                     print(json.dumps(asdict(trial)), flush=True)
     lost = [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
     if not as_json:
-        terminal.show(tables.tuned([trial for _, trials in found for trial in trials]))
+        tried = [trial for _, trials in found for trial in trials]
+        terminal.show(tables.tuned(tried))
+        terminal.show(tables.correlations(ranking.of_trials(tried)), PREDICTED)
         terminal.conclude(len(found), "keys tuned", lost)
         terminal.say(str(ledger.table))
     if len(found) < len(tasks):
         terminal.complain(f"{len(tasks) - len(found)} keys had no time: the same command goes on with them")
+    return int(bool(lost))
+
+
+def show_ranks(
+    mechanisms: Sequence[Mechanism],
+    targets: Sequence[str],
+    folder: Path,
+    sizes: Sequence[str],
+    dtypes: Sequence[str],
+    *,
+    jobs: int = 1,
+    budget: float = math.inf,
+    resume: bool = True,
+    as_json: bool = False,
+) -> int:
+    """Every candidate of the workloads' keys by predicted time, how far this order agrees with others; 1 if no tile of a key may run."""
+    from triton_attn.report import tables, terminal
+    from triton_attn.tuning import ranking, roofline
+
+    lost, count, trials = [], 0, ranking.measured_in(folder)
+    correlated: list[ranking.Correlation] = []
+    for target in targets:
+        profile = device.Profile(target, device.capability(target))
+        try:
+            roofline.peaks_of(profile)
+        except ValueError as error:
+            raise BadArgument(str(error)) from error
+        tasks, begun = _planned(mechanisms, sizes, dtypes, profile), count
+        with terminal.progress(len(tasks), json=as_json) as (tick, step):
+            for task, ranked in ranking.rank(tasks, target, folder, jobs=jobs, anew=not resume, seconds=budget, tick=tick):
+                count += 1
+                step(count - begun)
+                beside = list(ranking.correlations(task, ranked, trials))
+                correlated += beside
+                if all(row.fault for row in ranked):
+                    lost.append(f"{task.name} {target} {task.key}: no tile may run")
+                records = [*map(asdict, ranked), *map(asdict, beside)]
+                for record in records if as_json else ():
+                    print(json.dumps(record), flush=True)
+                if not as_json:
+                    terminal.show(tables.ranked(ranked), f"{task.name} {target} {task.key}, {ranked[0].sizes}")
+        if count - begun < len(tasks):
+            terminal.complain(f"{target}: {len(tasks) - count + begun} keys had no time: the same command goes on with them")
+    if not as_json:
+        terminal.show(tables.correlations(correlated), PREDICTED)
+        terminal.conclude(count, "keys ranked by a model that no GPU has confirmed", lost)
     return int(bool(lost))
 
 

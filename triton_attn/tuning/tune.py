@@ -18,6 +18,7 @@ import torch
 from triton_attn import device, dispatch, offline, tiles, verify
 from triton_attn.mechanism import Case, Kernel, Launch, Mechanism
 from triton_attn.testing import inputs
+from triton_attn.tuning import roofline
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 # lengths of the call on which a tile is judged: several tiles and a ragged rest of any, and float64 stays cheap
@@ -72,6 +73,8 @@ class Trial:
     shared: int | None = None
     blocks: int | None = None  # resident on one multiprocessor
     fault: str = ""
+    target: str = ""  # the device's capability
+    predicted: float | None = None  # milliseconds by `roofline`, which knows of no time
 
 
 class Clock(Protocol):
@@ -158,13 +161,16 @@ def try_tile(
 ) -> Trial:
     """Judge one tile on a small call; if it is right and legal, time it on the task's own."""
     sizes = " ".join(f"{axis}={size}" for axis, size in task.case.sizes.items())
-    trial = Trial(task.name, str(task.key), str(tile), sizes, task.dtype, profile.name, device.triton_version(), task.hash)
+    target = device.architecture(profile.capability)
+    trial = Trial(task.name, str(task.key), str(tile), sizes, task.dtype, profile.name, device.triton_version(), task.hash, target=target)
     try:
         with precision(task.dtype):
             trial = _judged(trial, task, tile, where, profile, judged_at)
             if trial.fault:
                 return trial
-            median, spread = clock(_calls(task, tile, where))
+            calls = _calls(task, tile, where)
+            trial = replace(trial, predicted=_predicted(task, tile, calls[0], profile))
+            median, spread = clock(calls)
     except Exception as error:  # noqa: BLE001  out of resources, out of memory, a compiler's error: no common base, and all say "not this one"
         said = str(error).strip().splitlines()
         return replace(trial, fault=f"{type(error).__name__}: {said[0] if said else ''}"[:300])
@@ -192,7 +198,7 @@ def _judged(
     alone = _call(replace(task, case=small), tile, where, seed=0)
     with offline.recording() as launched:
         alone()
-    used = [offline.usage(kernel) for kernel in launched]
+    used = [offline.usage(each.kernel) for each in launched]
     if used:  # the interpreter compiles nothing
         worst = max(used, key=lambda usage: (usage.spilled, usage.registers, usage.shared))
         blocks = tiles.blocks_per_multiprocessor(worst, limits)
@@ -200,6 +206,17 @@ def _judged(
         trial = replace(trial, registers=worst.registers, spilled=worst.spilled, shared=worst.shared, blocks=blocks)
         trial = replace(trial, fault=trial.fault or illegal)
     return trial
+
+
+def _predicted(task: Task, tile: tiles.Tile, call: Callable[[], Any], profile: device.Profile) -> float | None:
+    """What the roofline says of the call's launches; None where nothing is compiled, or nobody knows the device's peaks."""
+    with offline.recording() as launched:
+        call()
+    if not launched or profile.capability not in device.PEAKS:
+        return None
+    parts = [offline.Part(each.programs, offline.usage(each.kernel)) for each in launched]
+    guess = roofline.predict_tile(task.row, task.launch, task.case, task.key.operands, tile, parts, profile)
+    return guess.milliseconds if math.isfinite(guess.milliseconds) else None
 
 
 def shortened(row: Mechanism, case: Case, most: Mapping[str, int] = JUDGED_AT) -> Case:

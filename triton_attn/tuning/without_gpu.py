@@ -44,7 +44,7 @@ def choose_tiles(
                 begun = old["tiles"].get(str(key))
                 candidates = candidates[candidates.index(begun) if begun in candidates else 0 :]
                 tasks.append((row.name, kernel.name, launch.name, key, candidates, target))
-    for task, result in offline.shared_out(tasks, jobs):
+    for task, result in offline.shared_out(offline.first_legal, tasks, jobs):
         full = "/".join(task[:3])
         tick(f"{full} {target} {task[3]}: {'refused' if result is None else result.fault or result.tile}")
         if result is not None and not result.fault:
@@ -70,7 +70,7 @@ def recheck(
                     break
                 if str(key) in entry["tiles"]:
                     tasks.append((row.name, kernel.name, launch.name, key, (entry["tiles"][str(key)],), target))
-    for task, result in offline.shared_out(tasks, jobs):
+    for task, result in offline.shared_out(offline.first_legal, tasks, jobs):
         tick(f"{'/'.join(task[:3])} {target} {task[3]}")
         fault = "the kernel refuses such calls" if result is None else result.fault
         found.append(f"{'/'.join(task[:3])} {task[3]}: {fault}" if fault else "")

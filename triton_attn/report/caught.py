@@ -1,0 +1,92 @@
+"""Seeded faults that an earlier run of `triton-attn teeth` planted: kept in a file, because a run takes hours, and shown in the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from triton_attn import device, tiles
+from triton_attn.mechanism import Kernel, Mechanism
+from triton_attn.teeth import Tooth
+
+SCHEMA = 1
+KEPT = Path(__file__).parents[2] / "benchmarks" / "results" / "teeth.json"  # of a checkout; an installed package has none
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of the faults of one kernel, and which kernel that was."""
+
+    command: str
+    triton: str
+    hash: str  # of the kernel's sources
+    planted: int
+    caught: int
+    argued: int  # they change nothing, and it is written down why
+    survived: int
+    faults: tuple[str, ...] = field(default=(), repr=False)
+
+
+def keep(path: Path, found: Sequence[Tooth], catalog: Mapping[str, Mechanism], command: str) -> None:
+    """Put the kernels of one run into the file, in the place of what it had of them; the others stay."""
+    entries = read(path) if path.exists() else {}
+    groups: dict[str, list[Tooth]] = {}
+    for tooth in found:
+        groups.setdefault(f"{tooth.mechanism}/{tooth.kernel}", []).append(tooth)
+    for name, group in groups.items():
+        mechanism, _, kernel = name.partition("/")
+        entries[name] = Kept(
+            command,
+            device.triton_version(),
+            hash_of(next(each for each in catalog[mechanism].kernels if each.name == kernel)),
+            len(group),
+            sum(bool(tooth.caught) for tooth in group),
+            sum(bool(tooth.equivalent) for tooth in group),
+            sum(bool(tooth.fault) for tooth in group),
+            tuple(_told(tooth) for tooth in group),
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    told = {"schema": SCHEMA, "kernels": {name: asdict(entries[name]) for name in sorted(entries)}}
+    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> dict[str, Kept]:
+    """By "mechanism/kernel"; ValueError names the file."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["schema"] != SCHEMA:
+            raise ValueError(f"schema is {told['schema']!r}; allowed: {SCHEMA}")
+        return {str(name): _kept(entry) for name, entry in told["kernels"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: no kept faults: {type(error).__name__}: {error}") from error
+
+
+def hash_of(kernel: Kernel) -> str:
+    """Of a kernel's sources, as tile tables have it."""
+    spaces: Mapping[str, tiles.Space] = kernel.load().spaces
+    return tiles.source_hash(spaces[kernel.launches[0].name].modules)
+
+
+def _kept(entry: Mapping[str, Any]) -> Kept:
+    counts = {name: int(entry[name]) for name in ("planted", "caught", "argued", "survived")}
+    if min(counts.values()) < 0 or counts["planted"] != counts["caught"] + counts["argued"] + counts["survived"]:
+        raise ValueError(f"{counts} do not add up")
+    command, triton, source_hash = (str(entry[name]) for name in ("command", "triton", "hash"))
+    return Kept(command, triton, source_hash, **counts, faults=tuple(map(str, entry["faults"])))
+
+
+def _told(tooth: Tooth) -> str:
+    """One fault in one line: where, what, and its end."""
+    end = (
+        f"caught, {tooth.caught.partition(':')[0]}"
+        if tooth.caught
+        else f"changes nothing: {tooth.equivalent}"
+        if tooth.equivalent
+        else "survived"
+    )
+    return f"{tooth.function.rpartition('.')[2]}:{tooth.line} {tooth.kind}: {tooth.change}: {end}"
