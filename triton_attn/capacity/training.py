@@ -98,7 +98,7 @@ def step_of(setup: Setup, length: int) -> Step:
         pattern: dict[str, Any] = {} if setup.attention == "dense" else {"segment_lengths": SEGMENTS, "dilation_rates": RATES}
         return Step((), None, attend, given)
     module, forward, made = (_multihead if setup.component == "multihead" else _model)(setup, size, length)
-    optimizer = _optimizer(setup.optimizer, module)
+    optimizer = optimizer_of(setup.optimizer, module)
 
     def train() -> None:
         with autocast:
@@ -137,7 +137,8 @@ def _multihead(setup: Setup, size: Size, length: int) -> tuple[nn.Module, Callab
     return dilated, lambda: dilated(x, x, x, is_causal=True)[0].sum(), (x,)
 
 
-def _optimizer(name: str, module: nn.Module) -> Any:
+def optimizer_of(name: str, module: nn.Module) -> Any:
+    """One of OPTIMIZERS; None for "none"."""
     if name == "none":
         return None
     if name == "adamw":
