@@ -4,6 +4,7 @@
 
 Width 768, 12 heads, float32 on a CPU. The parallel block is folded where there is no backward pass. A round calls every block once; the
 speed-up is the median over rounds of the standard block's time over the block's in the same round.
+What pytest-benchmark itself times is the whole comparison; the blocks' own times are printed and stand in extra_info.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ PROMISED = {(4096, "linear"): 1.7, (8192, "linear"): 2.6, (4096, "sparse"): 1.25
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
 def test_blocks_beside_the_standard_one(benchmark: Any, batch: int, tokens: int, backward: bool) -> None:
     warmup, rounds = SIZES[batch, tokens][backward]
-    rows = benchmark_attention_blocks(768, 12, tokens, batch, WHERE, warmup, rounds, backward=backward)
+    sizes = (768, 12, tokens, batch, WHERE, warmup, rounds)
+    rows = benchmark.pedantic(lambda: benchmark_attention_blocks(*sizes, backward=backward), rounds=1)
     for kind, row in rows.items():
         direction = "forward + backward" if backward else "forward"
         memory = "" if row["memory_mb"] is None else f", {row['memory_mb']:.0f} MiB"
@@ -35,4 +37,3 @@ def test_blocks_beside_the_standard_one(benchmark: Any, batch: int, tokens: int,
     for (length, kind), least in PROMISED.items():
         if WHERE == "cpu" and not backward and length == tokens:
             assert rows[kind]["speedup"] > least, (kind, tokens)
-    benchmark.pedantic(lambda: None, rounds=1)  # the times stand in extra_info

@@ -99,5 +99,5 @@ def test_wrong_arguments_are_named(changes: Any, said: str) -> None:
 
 @pytest.mark.parametrize("batch", [0, -1, 1.5, True])
 def test_a_batch_is_a_whole_number(batch: Any) -> None:
-    with pytest.raises(ArgumentError, match="batch is .*; allowed: 1 and more"):
+    with pytest.raises(ArgumentError, match=r"batch is .*; allowed: 1 and more"):
         tower_peak(TINY, batch)

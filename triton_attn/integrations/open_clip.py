@@ -164,7 +164,7 @@ def param_groups(model: nn.Module, base_lr: float, *, weight_decay: float = 0.0,
         raise ArgumentError("param_groups", "layer_decay", f"is {layer_decay}; allowed: above 0 to 1")
     rates: dict[int, float] = {}
     for module in model.modules():
-        if isinstance(module, EnhancedTransformer) or hasattr(module, "resblocks") and hasattr(module, "block_type"):
+        if isinstance(module, EnhancedTransformer) or (hasattr(module, "resblocks") and hasattr(module, "block_type")):
             transformer: Any = module
             for depth, block in enumerate(transformer.resblocks):
                 rate = RATES.get(transformer.block_type, 1.0)

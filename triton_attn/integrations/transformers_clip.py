@@ -71,10 +71,8 @@ class ResidualLayer(CLIPEncoderLayer):  # type: ignore[misc]
             return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if is_causal else None
         if mask.ndim != 4:
             refusals.refuse(type(self).__name__, f"effect to an attention_mask of {mask.ndim} dimensions", "allowed: 4")
-        if mask.dtype == torch.bool:
-            mask = ~mask
-        else:  # transformers hides with the least finite number
-            mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -math.inf)
+        # where it is added, transformers hides with the least finite number
+        mask = ~mask if mask.dtype == torch.bool else mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -math.inf)
         if mask.shape[1] == 1 and (mask.shape[0] == 1 or (not torch.compiler.is_compiling() and bool((mask == mask[:1]).all()))):
             return mask[0, 0]
         block: Any = self.block
@@ -144,9 +142,7 @@ def _tower(model: nn.Module, tower: str) -> tuple[str, Any]:
     raise ArgumentError(NAME, "towers", f"has {tower!r}, but a {type(model).__name__} has no {TOWERS[tower].__name__} inside")
 
 
-def _layers(
-    path: str, owner: Any, block_type: str, options: dict[str, Any], copy_weights: bool
-) -> tuple[ResidualLayers, frozenset[str]]:
+def _layers(path: str, owner: Any, block_type: str, options: dict[str, Any], copy_weights: bool) -> tuple[ResidualLayers, frozenset[str]]:
     """The new layers, and which of their parameters were copied."""
     old: Any = owner.encoder.layers
     _check(path, old)
@@ -187,7 +183,9 @@ def _check(path: str, layers: nn.ModuleList) -> None:
         if type(layer) is not CLIPEncoderLayer:
             raise ArgumentError(NAME, "model", f"has a {type(layer).__name__} at {path}.{i}; allowed: CLIPEncoderLayer")
         if layer.self_attn.dropout:
-            raise ArgumentError(NAME, "model", f"has attention_dropout {layer.self_attn.dropout} in {path}; allowed: 0, the blocks have none")
+            raise ArgumentError(
+                NAME, "model", f"has attention_dropout {layer.self_attn.dropout} in {path}; allowed: 0, the blocks have none"
+            )
         linear = [f"self_attn.{name}" for name in PROJECTIONS] + [name for name in MODULES.values() if "norm" not in name]
         for name in linear:
             found = layer.get_submodule(name)
