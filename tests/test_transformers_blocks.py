@@ -133,7 +133,7 @@ def test_checkpointing_dtype_mode_and_frozen_parameters_are_kept() -> None:
     assert not any(x.requires_grad for x in layers[1].parameters())
     assert all(x.requires_grad for x in layers[0].parameters())
     calls = []
-    layers[0].block.register_forward_hook(lambda *_: calls.append(1))
+    layers[0].block.register_forward_pre_hook(lambda *_: calls.append(1))
     again = model(input_ids=ids, pixel_values=images, return_loss=True).loss
     again.backward()
     assert len(calls) == 2  # once more in the backward pass

@@ -42,7 +42,7 @@ TOWERS = {
     "tiny": TowerSize(32, 8, 32, 2, 2, 16),
 }
 TOWER_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-LARGEST_BATCH = 1 << 20
+FIRST_BATCH, LARGEST_BATCH = 32, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,15 @@ def largest_batch(setup: TowerSetup, memory: float, *, measure: Callable[[TowerS
 
     Memory grows along a line from some batch on, so that a few steps are counted and no ladder of them.
     """
-    low = measure(setup, 1)
+    first = measure(setup, FIRST_BATCH)
+    low, high = (first, None) if first.bytes <= memory else (measure(setup, 1), first)
     if low.bytes > memory:
         return None
-    high, slope = None, 0.0
+    slope = 0.0
     while high is None or high.batch - low.batch > 1:
         if high is None and low.batch >= LARGEST_BATCH:
             return low
-        aim = low.batch + int((memory - low.bytes) / slope) if slope else 2
+        aim = low.batch + int((memory - low.bytes) / slope) if slope else 2 * low.batch
         aim = max(aim, low.batch + 1)
         found = measure(setup, aim if high is None else min(aim, high.batch - 1))
         slope = max((found.bytes - low.bytes) / (found.batch - low.batch), 1.0)
