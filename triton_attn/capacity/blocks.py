@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from triton_attn import ArgumentError
 from triton_attn.capacity.memory import count
-from triton_attn.capacity.training import Step, optimizer_of
+from triton_attn.capacity.training import OPTIMIZERS, Step, needs_torchao, optimizer_of
 from triton_attn.nn.enhanced_transformer import BLOCK_TYPES, EnhancedTransformer
 
 NAME = "capacity"
@@ -60,10 +60,11 @@ class TowerSetup:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        allowed = {"tower": TOWERS, "block_type": BLOCK_TYPES, "dtype": TOWER_DTYPES, "optimizer": ("adamw", "adamw8bit", "none")}
+        allowed: dict[str, Iterable[str]] = {"tower": TOWERS, "block_type": BLOCK_TYPES, "dtype": TOWER_DTYPES, "optimizer": OPTIMIZERS}
         for name, known in allowed.items():
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in tuple(known):
                 raise ArgumentError(NAME, name, f"is {getattr(self, name)!r}; allowed: {', '.join(known)}")
+        needs_torchao(self.optimizer)
 
 
 @dataclass(frozen=True)

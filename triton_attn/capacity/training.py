@@ -36,6 +36,12 @@ DTYPES = {"bf16": torch.bfloat16, "amp": torch.float32, "float32": torch.float32
 SEGMENTS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)  # LongNet's
 
 
+def needs_torchao(optimizer: str) -> None:
+    """Raise ArgumentError where an optimiser is another package's, which is not installed."""
+    if optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+        raise ArgumentError(NAME, "optimizer", "is 'adamw8bit', which needs torchao: pip install 'triton-attn[capacity]'")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is trained, and how.
@@ -64,8 +70,7 @@ class Setup:
         for name, known in allowed.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(NAME, name, f"is {getattr(self, name)!r}; allowed: {', '.join(known)}")
-        if self.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
-            raise ArgumentError(NAME, "optimizer", "is 'adamw8bit', which needs torchao: pip install 'triton-attn[capacity]'")
+        needs_torchao(self.optimizer)
         for name in ("chunk", "batch"):
             given = getattr(self, name)
             if given is not None and given < 1:

@@ -26,8 +26,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextMod
 from triton_attn import ArgumentError, refusals
 from triton_attn.integrations.open_clip import NAME, SAME_FUNCTION, check_choice
 from triton_attn.integrations.replacement import Replacement
+from triton_attn.nn._block_norms import LayerNorm
 from triton_attn.nn.enhanced_transformer import EnhancedTransformer
-from triton_attn.nn.residual_blocks import LayerNorm
 
 TOWERS: dict[str, type[nn.Module]] = {"visual": CLIPVisionModel, "text": CLIPTextModel}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -42,7 +42,7 @@ MODULES = {
 HOOKED = "_output_capturing_hooks_installed"  # transformers' own mark on a model whose layers record what they return
 
 
-class ResidualLayer(CLIPEncoderLayer):  # type: ignore[misc]
+class ResidualLayer(CLIPEncoderLayer):  # type: ignore[no-untyped-call]
     """A residual block that is called as CLIPEncoderLayer is; gradient checkpointing and hidden states are the parent's."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -161,6 +161,7 @@ def _layers(path: str, owner: Any, block_type: str, options: dict[str, Any], cop
     )
     weight, taken = first.mlp.fc1.weight, set()
     layers = ResidualLayers([ResidualLayer(block) for block in new.resblocks], block_type).to(weight.device).train(old.training)
+    layer: Any
     for i, (layer, given) in enumerate(zip(layers, old, strict=True)):
         state, parameters = _state(given), dict(layer.block.named_parameters())
         for name, parameter in parameters.items():
