@@ -31,6 +31,7 @@ API = {
 }
 BESIDE = (
     "triton_attn.integrations.open_clip.replace_transformer_in_model",
+    "triton_attn.integrations.transformers_clip.replace_transformer_in_model",
     "triton_attn.integrations.transformers.register",
     "triton_attn.integrations.transformers_mamba.patch_mamba",
     "triton_attn.integrations.torch_sdpa.register",

@@ -277,3 +277,38 @@ def test_report_runs_the_lot_and_writes_it_down(tmp_path: Path) -> None:
         assert found
         assert {row.mechanism for row in found} == {FIRST}
     assert "5. Timings</h2>" in text
+
+
+def test_bench_blocks_times_every_block_in_both_directions(command: Command) -> None:
+    sizes = ("--d-model", "16", "--n-head", "2", "--seq-len", "5", "--batch-size", "2", "--warmup", "1", "--iterations", "2")
+    found = command("bench", "blocks", *sizes, "--device", "cpu", "--json")
+    assert (found.code, found.err) == (0, "")
+    assert [row["direction"] for row in found.rows] == ["forward"] * 6 + ["forward + backward"] * 6
+    assert [row["block"] for row in found.rows] == ["standard", "parallel", "linear", "deepnorm", "sparse", "subln"] * 2
+    for row in found.rows:
+        assert row["avg_time_ms"] > 0
+        assert row["output_shape"] == [2, 5, 16]
+        assert row["memory_mb"] is None
+        assert (row["speedup"] == 1) == (row["block"] == "standard")
+    shown = command("bench", "blocks", *sizes, "--device", "cpu").out
+    assert all(text in shown for text in ("2 x 5 tokens, width 16", "deepnorm", "speed-up over standard", "not measured on a CPU"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--n-head", "5"], "n_head is 5; allowed: a divisor of d_model, 768"),
+        (["--device", "abacus"], "device is 'abacus'"),
+        (["--seq-len", "0"], "--seq-len"),
+    ],
+)
+def test_bench_blocks_refuses_by_name(command: Command, given: list[str], said: str) -> None:
+    ended = command("bench", "blocks", *given)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+
+
+def test_bench_says_what_it_can_time(command: Command) -> None:
+    shown = command("bench", "--help").out
+    assert "blocks" in shown
+    assert "mechanisms" in shown

@@ -82,6 +82,16 @@ def test_the_blocks_example_prints_a_row_for_each(capsys: pytest.CaptureFixture[
     assert rows == ["standard", "parallel", "linear", "deepnorm", "sparse", "subln"]
 
 
+def test_the_blocks_example_counts_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    assert example("openclip_blocks").main(["--memory", "0.002", "--towers", "tiny", "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "tiny, 17 tokens, width 32, 2 blocks, float32, AdamW" in said
+    rows = dict(re.findall(r"^\| (\w+) \| [\d.]+ MB \| (\d+) \|$", said, re.MULTILINE))
+    assert list(rows) == ["standard", "parallel", "linear", "deepnorm", "sparse", "subln"]
+    assert int(rows["parallel"]) > int(rows["standard"]) > int(rows["subln"]) > 0
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
 def test_the_digits_example_trains_every_type_and_says_how_well(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "capacity.*": (f"{BELOW} __init__ arguments catalog models.* nn.* capacity.*", "torch triton torchao matplotlib"),
     "cli": (
         f"{BELOW} catalog testing.* {WORKERS} report.* report.command tuning.command capacity.command "
-        "vit.commands clip.commands command_line __init__",
+        "vit.commands clip.commands integrations.block_command command_line __init__",
         "torch typer rich platformdirs",
     ),
     "__main__": ("cli", ""),
@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
     "vit.*": ("__init__ arguments models.* vit.*", "torch torchvision typer rich sklearn numpy PIL yaml matplotlib"),
     "clip.*": ("__init__ arguments models.* clip.*", "torch typer rich yaml numpy PIL matplotlib sklearn transformers open_clip"),
+    "integrations.block_command": ("__init__ command_line report.* integrations.block_benchmark", "typer"),
     "integrations.*": ("__init__ arguments refusals nn.* integrations.*", "torch transformers open_clip timm"),
 }
 

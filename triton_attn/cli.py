@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from triton_attn import CATALOG, __version__, device
 
 try:
     import typer
+    import typer.core
 except ModuleNotFoundError:
     raise SystemExit("triton-attn: the command line needs more packages: pip install 'triton-attn[cli]'") from None
 
@@ -37,6 +38,7 @@ from triton_attn.command_line import (
     targets_of,
     where_of,
 )
+from triton_attn.integrations import block_command as blocks
 from triton_attn.report import command as reporting
 from triton_attn.tuning import command as tuning
 from triton_attn.vit import commands as vit
@@ -46,17 +48,31 @@ if TYPE_CHECKING:
 
 BAD_ARGUMENT, INTERRUPTED = 2, 130
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+EVERY_MECHANISM = "mechanisms"
+
+
+class _BenchGroup(typer.core.TyperGroup):
+    """`bench` with names of mechanisms, or with none, is `bench mechanisms`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = [EVERY_MECHANISM, *args]
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     help="Fast attention: which mechanisms there are, whether their kernels are right, what they use of a GPU, how fast they are.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+timing = typer.Typer(cls=_BenchGroup, help="Time mechanisms beside their peers, in turns, or OpenCLIP's residual blocks.")
 app.add_typer(vit.app, name="vit")
+app.add_typer(timing, name="bench")
 app.command("tune")(tuning.tune)
 app.command("capacity")(capacity.capacity)
 app.command("report")(reporting.report)
 app.command("train-clip-adapter")(clip.train_clip_adapter)
+timing.command("blocks")(blocks.bench_blocks)
 
 
 def _print_version(asked: bool) -> None:
@@ -228,7 +244,7 @@ def compile_kernels(
     return exit_code(log, faults)
 
 
-@app.command()
+@timing.command(EVERY_MECHANISM)
 def bench(
     names: Names = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Only the first workload, with so many tokens; may be repeated.")] = None,
@@ -236,7 +252,7 @@ def bench(
     seconds: Seconds = math.inf,
     as_json: Json = False,
 ) -> int:
-    """Time every workload beside its peers, in turns."""
+    """Time every workload beside its peers, in turns; what `triton-attn bench` does without a subcommand."""
     mechanisms, where, seconds = known(names), where_of(device_name), duration(seconds)
     from triton_attn.report import parts, rows, tables, terminal
 

@@ -37,11 +37,16 @@ def peak_of(setup: Setup, length: int) -> Peak:
 
     Every tensor that an operator makes counts from then until nobody holds it. Kernels are those of a GPU, not the portable path.
     """
+    return Peak(setup, length, *count(lambda: step_of(setup, length)))
+
+
+def count(make: Callable[[], Step]) -> tuple[int, dict[str, int]]:
+    """The bytes at the worst moment of the second run of a step that is made on shapes, and how they divide into KINDS."""
     with FakeTensorMode(allow_non_fake_inputs=True), dispatch.simulate_kernels(), _known_maps():
-        return _peak(setup, length, step_of(setup, length))
+        return _counted(make())
 
 
-def _peak(setup: Setup, length: int, step: Step) -> Peak:
+def _counted(step: Step) -> tuple[int, dict[str, int]]:
     parameters = [parameter for module in step.modules for parameter in module.parameters()]
     if step.optimizer is not None:
         for parameter in parameters:
@@ -60,7 +65,7 @@ def _peak(setup: Setup, length: int, step: Step) -> Peak:
         step.run()
     for hook in hooks:
         hook.remove()
-    return Peak(setup, length, held.most, {kind: held.worst[kind] for kind in KINDS})
+    return held.most, {kind: held.worst[kind] for kind in KINDS}
 
 
 def _states(step: Step) -> list[Tensor]:

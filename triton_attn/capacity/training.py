@@ -36,6 +36,12 @@ DTYPES = {"bf16": torch.bfloat16, "amp": torch.float32, "float32": torch.float32
 SEGMENTS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)  # LongNet's
 
 
+def needs_torchao(optimizer: str) -> None:
+    """Raise ArgumentError where an optimiser is another package's, which is not installed."""
+    if optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+        raise ArgumentError(NAME, "optimizer", "is 'adamw8bit', which needs torchao: pip install 'triton-attn[capacity]'")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is trained, and how.
@@ -64,8 +70,7 @@ class Setup:
         for name, known in allowed.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(NAME, name, f"is {getattr(self, name)!r}; allowed: {', '.join(known)}")
-        if self.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
-            raise ArgumentError(NAME, "optimizer", "is 'adamw8bit', which needs torchao: pip install 'triton-attn[capacity]'")
+        needs_torchao(self.optimizer)
         for name in ("chunk", "batch"):
             given = getattr(self, name)
             if given is not None and given < 1:
@@ -98,7 +103,7 @@ def step_of(setup: Setup, length: int) -> Step:
         pattern: dict[str, Any] = {} if setup.attention == "dense" else {"segment_lengths": SEGMENTS, "dilation_rates": RATES}
         return Step((), None, attend, given)
     module, forward, made = (_multihead if setup.component == "multihead" else _model)(setup, size, length)
-    optimizer = _optimizer(setup.optimizer, module)
+    optimizer = optimizer_of(setup.optimizer, module)
 
     def train() -> None:
         with autocast:
@@ -137,7 +142,8 @@ def _multihead(setup: Setup, size: Size, length: int) -> tuple[nn.Module, Callab
     return dilated, lambda: dilated(x, x, x, is_causal=True)[0].sum(), (x,)
 
 
-def _optimizer(name: str, module: nn.Module) -> Any:
+def optimizer_of(name: str, module: nn.Module) -> Any:
+    """One of OPTIMIZERS; None for "none"."""
     if name == "none":
         return None
     if name == "adamw":

@@ -31,6 +31,7 @@ def benchmark_attention_blocks(
     *,
     backward: bool = False,
     dtype: torch.dtype = torch.float32,
+    tick: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, dict[str, Any]]:
     """Time every block on random tokens, all of them in turns, so that a drifting machine drifts for each.
 
@@ -46,6 +47,7 @@ def benchmark_attention_blocks(
         num_iterations: rounds that do.
         backward: a forward and a backward pass in place of a forward pass.
         dtype: of parameters and tokens.
+        tick: is told after each round how many there were.
 
     Returns:
         For each block type, "standard" first: avg_time_ms (median), speedup over "standard" (median of the rounds' ratios), memory_mb
@@ -84,6 +86,7 @@ def benchmark_attention_blocks(
                 torch.cuda.synchronize(where)
             if turn >= num_warmup:
                 times[kind].append(time.perf_counter() - start)
+        tick(turn + 1)
     for kind, spent in times.items():
         ratios = [a / b for a, b in zip(times["standard"], spent, strict=True)]
         results[kind] |= {"avg_time_ms": 1e3 * statistics.median(spent), "speedup": statistics.median(ratios)}

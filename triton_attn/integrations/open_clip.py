@@ -53,11 +53,7 @@ def replace_transformer_in_model(
     Raises:
         ArgumentError: an argument is wrong, a tower is missing, or its blocks are of a kind that cannot be read; nothing was changed.
     """
-    if block_type not in BLOCK_TYPES:
-        raise ArgumentError(NAME, "block_type", f"is {block_type!r}; allowed: {', '.join(map(repr, BLOCK_TYPES))}")
-    unknown = [tower for tower in towers if tower not in TOWERS]
-    if unknown or not towers:
-        raise ArgumentError(NAME, "towers", f"is {tuple(towers)!r}; allowed: some of 'visual', 'text'")
+    check_choice(block_type, towers)
     planned = [(path, _build(path, _at(model, path), block_type, options)) for path in (_path(model, tower) for tower in towers)]
     report = Replacement(changes_function=block_type not in SAME_FUNCTION)
     replaced, copied, initialised = {}, [], []
@@ -81,6 +77,15 @@ def replace_transformer_in_model(
         replaced[path] = f"{new.layers} {type(new.resblocks[0]).__name__}s"
     report.replaced, report.copied, report.initialised = replaced, tuple(copied), tuple(initialised)
     return report
+
+
+def check_choice(block_type: str, towers: Sequence[str]) -> None:
+    """Raise ArgumentError for an unknown block, an unknown tower, or none."""
+    if block_type not in BLOCK_TYPES:
+        raise ArgumentError(NAME, "block_type", f"is {block_type!r}; allowed: {', '.join(map(repr, BLOCK_TYPES))}")
+    unknown = [tower for tower in towers if tower not in TOWERS]
+    if unknown or not towers:
+        raise ArgumentError(NAME, "towers", f"is {tuple(towers)!r}; allowed: some of 'visual', 'text'")
 
 
 def _path(model: nn.Module, tower: str) -> str:
@@ -114,7 +119,7 @@ def _build(path: str, old: Any, block_type: str, options: dict[str, Any]) -> Enh
         width,
         len(old.resblocks),
         heads,
-        hidden / width,
+        (hidden + 0.5) / width,  # which is cut to a whole number again
         None if scale is None else float(scale.detach().float().mean()),
         lambda: _like(mlp.gelu),
         lambda size: type(norm)(size, eps=norm.eps) if isinstance(norm, nn.LayerNorm) else type(norm)(size),
@@ -142,7 +147,7 @@ def param_groups(model: nn.Module, base_lr: float, *, weight_decay: float = 0.0,
     Layer l of L deepnorm layers gets base_lr layer_decay^(L - 1 - l). Parameters of one dimension (biases, norms) have no weight decay.
 
     Args:
-        model: with any number of EnhancedTransformers inside.
+        model: with any number of EnhancedTransformers inside, or of `transformers_clip`'s layers.
         base_lr: of everything else; above 0.
         weight_decay: of matrices.
         layer_decay: above 0 to 1.
@@ -158,8 +163,9 @@ def param_groups(model: nn.Module, base_lr: float, *, weight_decay: float = 0.0,
     if not 0 < layer_decay <= 1:
         raise ArgumentError("param_groups", "layer_decay", f"is {layer_decay}; allowed: above 0 to 1")
     rates: dict[int, float] = {}
-    for transformer in model.modules():
-        if isinstance(transformer, EnhancedTransformer):
+    for module in model.modules():
+        if isinstance(module, EnhancedTransformer) or (hasattr(module, "resblocks") and hasattr(module, "block_type")):
+            transformer: Any = module
             for depth, block in enumerate(transformer.resblocks):
                 rate = RATES.get(transformer.block_type, 1.0)
                 if transformer.block_type == "deepnorm":
