@@ -22,6 +22,7 @@ from triton_attn.testing import patterns
 DOCS = Path(__file__).parent
 README, RESULTS = DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "results" / "cpu.jsonl"
 MARK = "<!-- triton-attn list --markdown -->\n"
+MEASURE = "triton-attn bench --device cpu --json > benchmarks/results/cpu.jsonl"
 SHOWN = 4  # cases in a picture
 CHOICE = "<!-- docs/build.py -->\n"
 API = {
@@ -70,11 +71,17 @@ def api(title: str, *modules: str) -> str:
     return chr(10).join(parts)
 
 
-def numbers(lines: Sequence[str]) -> str:
-    """A page of what `triton-attn bench --json` printed, a timing a line."""
-    rows = [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
-    command = "triton-attn bench --device cpu --json > benchmarks/results/cpu.jsonl"
-    return f"# Numbers\n\nWhat `{command}` printed, as it is; [speed](speed.md) says how to read it.\n\n{table(timings(rows))}\n"
+def measured(file: Path) -> list[Timing]:
+    """What `triton-attn bench --json` printed, a timing a line; nothing where the file is not there."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
+
+
+def numbers(rows: Sequence[Timing]) -> str:
+    """A page of what was measured, or of how to measure it."""
+    if not rows:
+        return f"# Numbers\n\nNothing measured is recorded. `{MEASURE}` measures; `make docs` then fills this page.\n"
+    return f"# Numbers\n\nWhat `{MEASURE}` printed, as it is; [speed](speed.md) says how to read it.\n\n{table(timings(rows))}\n"
 
 
 def picture(row: Mechanism) -> Figure:
@@ -91,7 +98,7 @@ def picture(row: Mechanism) -> Figure:
 if __name__ == "__main__":
     README.write_text(refreshed(README.read_text()))
     (DOCS / "choose.md").write_text(choice((DOCS / "choose.md").read_text(), (DOCS / "speed.md").read_text()))
-    (DOCS / "numbers.md").write_text(numbers(RESULTS.read_text().splitlines()))
+    (DOCS / "numbers.md").write_text(numbers(measured(RESULTS)))
     for name, page in API.items():
         (DOCS / "api" / f"{name}.md").write_text(api(*page))
     matplotlib.use("agg")
