@@ -19,6 +19,6 @@ def on_page_markdown(markdown: str, **given: Any) -> str:
         if place % 2:  # code
             parts[place] = NAMED.sub(lambda found: f"```{found[1]}" + (f' title="{found[2]}"' if "." in found[2] else ""), part)
         else:
-            text = DISPLAY.sub(lambda found: f"\n<p>{convert(found[1].strip(), display='block')}</p>\n", part)
+            text = DISPLAY.sub(lambda found: f'\n<p class="formula">{convert(found[1].strip(), display="block")}</p>\n', part)
             parts[place] = INLINE.sub(lambda found: convert(found[1]), text)
     return "".join(parts)
