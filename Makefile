@@ -130,5 +130,5 @@ $(MODELS): pyproject.toml constraints.txt
 $(SITE): pyproject.toml constraints.txt
 	@echo "installing into .venv-site (once)"
 	@$(PYTHON) -m venv .venv-site
-	@.venv-site/bin/python $(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml
+	@.venv-site/bin/python $(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml ruff
 	@touch $@
