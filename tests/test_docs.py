@@ -60,6 +60,7 @@ def test_the_lists_and_tables_of_the_site_are_what_the_code_makes() -> None:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     assert built("choose") == build.choice(built("choose"), built("speed"))
+    assert built("choose") == build.pays(built("choose"), build.measured(build.LENGTHS))
     assert built("numbers") == build.numbers(build.measured(build.RESULTS))
     for name, page in build.API.items():
         assert built(f"api/{name}") == build.api(*page)
@@ -67,5 +68,5 @@ def test_the_lists_and_tables_of_the_site_are_what_the_code_makes() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    for page in (ROOT / "docs").rglob("*.md"):
-        assert str(page.relative_to(ROOT / "docs")) in navigation, page
+    for page in (ROOT / "docs").rglob("*.md"):  # docs/site_hook.py adds the page of a new mechanism
+        assert page.stem in CATALOG or str(page.relative_to(ROOT / "docs")) in navigation, page
