@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS, LENGTHS = (DOCS.parent / "benchmarks" / "results" / f"{name}.jsonl" for name in ("cpu", "lengths"))
 MARK = "<!-- triton-attn list --markdown -->\n"
-MEASURE = "OMP_NUM_THREADS=1 triton-attn bench --device cpu --seconds 20 --json > benchmarks/results/cpu.jsonl"
+MEASURE = "OMP_NUM_THREADS=1 triton-attn bench --device cpu --seconds 400 --json > benchmarks/results/cpu.jsonl"
 HOW = "both calls take turns, a ratio above 1 says that ours is faster; [speed](speed.md) has what two quiet cores give."
 SHOWN = 4  # cases in a picture
 CHOICE, PAYS = "<!-- docs/build.py -->\n", "<!-- docs/build.py: lengths -->\n"
@@ -100,8 +100,13 @@ def measured(file: Path) -> list[Timing]:
 def numbers(rows: Sequence[Timing]) -> str:
     """A page of what was measured, or of how to measure it."""
     if not rows:
-        return f"# Numbers\n\nNothing measured is recorded. `{MEASURE}` measures; `make docs` then fills this page.\n"
+        return f"# Numbers\n\nNo results are kept yet: `{MEASURE}`, then `make docs`. [speed](speed.md) has what was measured by hand.\n"
     return f"# Numbers\n\nWhat `{MEASURE}` printed on a CPU that had other work: {HOW}\n\n{table(timings(rows))}\n"
+
+
+def results() -> list[str]:
+    """The lines of the results that are kept, if any."""
+    return RESULTS.read_text().splitlines() if RESULTS.exists() else []
 
 
 def picture(row: Mechanism) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import triton_attn
 from triton_attn import CATALOG
+from triton_attn.bench import Timing
 from triton_attn.report.markdown import mechanisms
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,10 @@ def test_the_lists_and_tables_of_the_site_are_what_the_code_makes() -> None:
     assert built("choose") == build.choice(built("choose"), built("speed"))
     assert built("choose") == build.pays(built("choose"), build.measured(build.LENGTHS))
     assert built("numbers") == build.numbers(build.measured(build.RESULTS))
+    timing = Timing("attention", "dense", "n=8", "float32", "cpu", "forward", "portable", 1.0, "torch SDPA", 2.0, 2.0, 3, None)
+    assert "| torch SDPA | 2 ms | 2.00 |" in build.numbers([timing])
+    of_length = replace(timing, case="length 64", ratio=1.26)
+    assert "| [attention](attention.md), dense | forward | 1.3 |" in build.pays(built("choose"), [of_length])
     for name, page in build.API.items():
         assert built(f"api/{name}") == build.api(*page)
 
