@@ -28,7 +28,7 @@ What is shipped for 16-bit operands, chosen without a GPU: rows by columns of a 
 """
 MEASURED = """## Measured
 
-From [speed](speed.md), two cores of a CPU, the peer's time over ours:
+From {source}:
 
 {rows}
 
@@ -56,7 +56,7 @@ def tiles(name: str) -> str:
 
 
 def measured(name: str) -> str:
-    """The rows of the table of speeds that are a mechanism's, with those of its further peers; how to measure where there are none."""
+    """The rows of the table of speeds that are a mechanism's, with those of its further peers, or of the page of numbers."""
     titles: list[str] = []
     rows: list[str] = []
     of_ours = False
@@ -66,7 +66,13 @@ def measured(name: str) -> str:
             first = line.split("|")[1].strip()
             of_ours = f"`{name}`" in first or (of_ours and (not first or first.startswith("the same")))
             rows += [line] * of_ours
-    return MEASURED.format(rows="\n".join([*titles, *rows])) if rows else UNMEASURED.format(name=name)
+    if rows:
+        return MEASURED.format(source="[speed](speed.md), two cores of a CPU, the peer's time over ours", rows="\n".join([*titles, *rows]))
+    rows = [line for line in (DOCS / "numbers.md").read_text().splitlines() if line.startswith("| ")]
+    titles, rows = rows[:2], [line for line in rows[2:] if line.startswith(f"| {name} |")]
+    if rows:
+        return MEASURED.format(source="[numbers](numbers.md), one thread of a CPU that had other work", rows="\n".join([*titles, *rows]))
+    return UNMEASURED.format(name=name)
 
 
 def with_results(name: str, markdown: str) -> str:
