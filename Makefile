@@ -35,10 +35,10 @@ test-all: $(NEW) test-browser test-foreign test-models test-triton36
 test-foreign: $(FOREIGN)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-foreign/bin/python -m pytest -n 2 -q tests/test_foreign_kernels.py
 
-# The report's page in a real browser: Debian's chromium, which root may install.
-test-browser: $(NEW)
+# The report's page and the site in a real browser: Debian's chromium, which root may install.
+test-browser: $(NEW) site
 	@command -v chromium chromedriver > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver > /dev/null)
-	.venv/bin/python -m pytest -q tests/test_browser.py
+	.venv/bin/python -m pytest -q tests/test_browser.py tests/test_site.py
 
 # Real models of other libraries, patched, and our blocks inside of open_clip's own.
 test-models: $(MODELS)
@@ -130,5 +130,5 @@ $(MODELS): pyproject.toml constraints.txt
 $(SITE): pyproject.toml constraints.txt
 	@echo "installing into .venv-site (once)"
 	@$(PYTHON) -m venv .venv-site
-	@.venv-site/bin/python $(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml
+	@.venv-site/bin/python $(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]' latex2mathml ruff
 	@touch $@

@@ -13,17 +13,22 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from triton_attn import CATALOG
-from triton_attn.bench import Timing
+from triton_attn.bench import LENGTH, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.report.markdown import mechanisms, table
-from triton_attn.report.tables import timings
+from triton_attn.report.tables import Table, timings
 from triton_attn.testing import patterns
 
 DOCS = Path(__file__).parent
-README, RESULTS = DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "results" / "cpu.jsonl"
+README = DOCS.parent / "README.md"
+RESULTS, LENGTHS = (DOCS.parent / "benchmarks" / "results" / f"{name}.jsonl" for name in ("cpu", "lengths"))
 MARK = "<!-- triton-attn list --markdown -->\n"
+MEASURE = "triton-attn bench --device cpu --seconds 600 --json > benchmarks/results/cpu.jsonl"
+COLUMNS = ("mechanism", "case", "direction", "time", "peer", "its time", "ratio", "rounds", "sizes")  # the ratio within a window's width
+HOW = "float32, by the portable path. Both calls take turns; a ratio above 1 says that ours is faster"
 SHOWN = 4  # cases in a picture
-CHOICE = "<!-- docs/build.py -->\n"
+CHOICE, PAYS = "<!-- docs/build.py -->\n", "<!-- docs/build.py: lengths -->\n"
+DENSE = ("torch SDPA over all keys", "torch SDPA")
 API = {
     "functions": ("Functions", "triton_attn"),
     "modules": ("Modules and models", "triton_attn.nn", "triton_attn.models"),
@@ -60,6 +65,23 @@ def choice(page: str, measured: str) -> str:
     return f"{before}{CHOICE}{chr(10).join(made)}\n\n{rest.partition(chr(10) * 2)[2]}"
 
 
+def pays(page: str, rows: Sequence[Timing]) -> str:
+    """The page with a row for each mechanism and direction: how much faster than dense attention at each length."""
+    before, _, rest = page.partition(PAYS)
+    lengths = sorted({int(row.case.removeprefix(LENGTH)) for row in rows})
+    made = [f"| call | direction | {' | '.join(map(str, lengths))} |", f"|---|---|{'---|' * len(lengths)}"]
+    found = {(row.mechanism, row.direction, int(row.case.removeprefix(LENGTH))): row.ratio for row in rows if row.peer in DENSE}
+    for name, direction in dict.fromkeys((name, direction) for name, direction, _ in found):
+        ratios = [found.get((name, direction, length)) for length in lengths]
+        cells = ["not run" if ratio is None else f"{ratio:.{1 if ratio < 9.95 else 0}f}" for ratio in ratios]
+        case = CATALOG[name].workloads["cpu"][0]
+        numbered = ", ".join(f"{option} {value}" for option, value in case.options.items() if not isinstance(value, str))
+        pattern = numbered or case.name.removesuffix(" 8k")
+        made.append(f"| [{name}]({name}.md), {pattern} | {direction} | {' | '.join(cells)} |")
+    text = chr(10).join(made) if rows else "Not measured."
+    return f"{before}{PAYS}{text}\n\n{rest.partition(chr(10) * 2)[2]}"
+
+
 def api(title: str, *modules: str) -> str:
     """A page that names every public thing of some modules; its docstrings are filled in when the site is built."""
     parts = [f"# {title}\n"]
@@ -71,18 +93,20 @@ def api(title: str, *modules: str) -> str:
     return chr(10).join(parts)
 
 
-def numbers(lines: Sequence[str]) -> str:
-    """A page of what `triton-attn bench --json` printed, a timing a line."""
-    command = "triton-attn bench --device cpu --json > benchmarks/results/cpu.jsonl"
-    if not lines:
-        return f"# Numbers\n\nNo results are kept yet: `{command}`, then `make docs`. [speed](speed.md) has what was measured by hand.\n"
-    rows = [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
-    return f"# Numbers\n\nWhat `{command}` printed, as it is; [speed](speed.md) says how to read it.\n\n{table(timings(rows))}\n"
+def measured(file: Path) -> list[Timing]:
+    """What `triton-attn bench --json` printed, a timing a line; nothing where the file is not there."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [Timing(**json.loads(line)) for line in lines if line.startswith("{")]
 
 
-def results() -> list[str]:
-    """The lines of the results that are kept, if any."""
-    return RESULTS.read_text().splitlines() if RESULTS.exists() else []
+def numbers(rows: Sequence[Timing]) -> str:
+    """A page of what was measured, or of how to measure it."""
+    if not rows:
+        return f"# Numbers\n\nNo results are kept yet: `{MEASURE}`, then `make docs`. [speed](speed.md) has what was measured by hand.\n"
+    whole = timings(rows)
+    places = [whole.names.index(name) for name in COLUMNS]
+    narrow = Table(tuple(whole.titles[i] for i in places), [tuple(cells[i] for i in places) for cells in whole.cells])
+    return f"# Numbers\n\nWhat `{MEASURE}` printed on two cores, {HOW}; [speed](speed.md) says more.\n\n{table(narrow)}\n"
 
 
 def picture(row: Mechanism) -> Figure:
@@ -98,8 +122,9 @@ def picture(row: Mechanism) -> Figure:
 
 if __name__ == "__main__":
     README.write_text(refreshed(README.read_text()))
-    (DOCS / "choose.md").write_text(choice((DOCS / "choose.md").read_text(), (DOCS / "speed.md").read_text()))
-    (DOCS / "numbers.md").write_text(numbers(results()))
+    chosen = choice((DOCS / "choose.md").read_text(), (DOCS / "speed.md").read_text())
+    (DOCS / "choose.md").write_text(pays(chosen, measured(LENGTHS)))
+    (DOCS / "numbers.md").write_text(numbers(measured(RESULTS)))
     for name, page in API.items():
         (DOCS / "api" / f"{name}.md").write_text(api(*page))
     matplotlib.use("agg")
