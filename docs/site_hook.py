@@ -71,7 +71,9 @@ def measured(name: str) -> str:
     rows = [line for line in (DOCS / "numbers.md").read_text().splitlines() if line.startswith("| ")]
     titles, rows = rows[:2], [line for line in rows[2:] if line.startswith(f"| {name} |")]
     if rows:
-        return MEASURED.format(source="[numbers](numbers.md), one thread of a CPU that had other work", rows="\n".join([*titles, *rows]))
+        return MEASURED.format(
+            source="[numbers](numbers.md), two cores of a CPU, the peer's time over ours", rows="\n".join([*titles, *rows])
+        )
     return UNMEASURED.format(name=name)
 
 
