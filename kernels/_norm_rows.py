@@ -1,13 +1,15 @@
-"""Tiles and constants of the kernels that hold whole rows in registers."""
+"""What the kernels that hold whole rows in registers share: how rows are read, tiles, constants."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from triton_attn.tiles import NORM_KEYS, Key, Space, Tile, bucket
@@ -15,6 +17,14 @@ from triton_attn.tiles import NORM_KEYS, Key, Space, Tile, bucket
 FORWARD, BACKWARD = "forward", "backward"
 WIDTHS = (256, 1024, 4096)
 WIDEST = WIDTHS[-1]
+
+
+@triton.jit
+def rows_of(x, row, live, column, length, strides, D: tl.constexpr):
+    """Some rows, counted through batch and time, in float32; 0 in those that are not live."""
+    start = (row // length) * strides[0] + (row % length) * strides[1]
+    seen = live[:, None] & (column < D)[None, :]
+    return tl.load(x + start[:, None] + column[None, :] * strides[2], mask=seen, other=0.0).to(tl.float32)
 
 
 def constants(tile: Tile, d: int) -> dict[str, Any]:
@@ -55,8 +65,9 @@ def _candidates(launch: str, key: Key) -> Sequence[Tile]:
 
 def spaces(module: ModuleType) -> dict[str, Space]:
     """The tile spaces of a kernel file. Nothing here differs between capabilities: no tensor cores, no asynchronous copies."""
+    hashed = (module, sys.modules[__name__])
 
     def of(launch: str) -> Space:
-        return Space({(8, 0): partial(_candidates, launch)}, lambda key: _candidates(launch, key)[-1], (module,), lambda: NORM_KEYS)
+        return Space({(8, 0): partial(_candidates, launch)}, lambda key: _candidates(launch, key)[-1], hashed, lambda: NORM_KEYS)
 
     return {launch: of(launch) for launch in (FORWARD, BACKWARD)}

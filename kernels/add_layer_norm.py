@@ -12,26 +12,18 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels._grid import grid
-from triton_attn.kernels._norm_rows import BACKWARD, FORWARD, constants, key_of, spaces
+from triton_attn.kernels._norm_rows import BACKWARD, FORWARD, constants, key_of, rows_of, spaces
 from triton_attn.tiles import Tiles, chosen_tile
 
 NAME = "add_layer_norm/rows"
 
 
 @triton.jit
-def _starts(row, length, strides):
-    """Where rows, counted through batch and time, begin."""
-    return (row // length) * strides[0] + (row % length) * strides[1]
-
-
-@triton.jit
 def _summed(x, residual, row, live, column, length, alpha, x_strides, r_strides, D: tl.constexpr):
     """alpha * residual + x of some rows, in float32."""
-    seen = live[:, None] & (column < D)[None, :]
-    h = tl.load(x + _starts(row, length, x_strides)[:, None] + column[None, :] * x_strides[2], mask=seen, other=0.0).to(tl.float32)
+    h = rows_of(x, row, live, column, length, x_strides, D)
     if residual is not None:
-        r = tl.load(residual + _starts(row, length, r_strides)[:, None] + column[None, :] * r_strides[2], mask=seen, other=0.0)
-        h += alpha * r.to(tl.float32)
+        h += alpha * rows_of(residual, row, live, column, length, r_strides, D)
     return h
 
 
@@ -53,7 +45,6 @@ def forward_kernel(
     total,
     x_strides,
     r_strides,
-    o_strides,
     w_stride,
     b_stride,
     rows,
@@ -70,14 +61,14 @@ def forward_kernel(
     h = _summed(x, residual, row, live, column, length, alpha, x_strides, r_strides, D)
     y, rstd = _normalised(h, column, eps, D)
     if weight is not None:
-        y *= tl.load(weight + column * w_stride, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        y *= tl.load(weight + column * w_stride, mask=column < D, other=0.0)[None, :]
     if bias is not None:
-        y += tl.load(bias + column * b_stride, mask=column < D, other=0.0).to(tl.float32)[None, :]
-    where = _starts(row, length, o_strides)[:, None] + column[None, :] * o_strides[2]
+        y += tl.load(bias + column * b_stride, mask=column < D, other=0.0)[None, :]
+    where = row[:, None] * D + column[None, :]
     seen = live[:, None] & (column < D)[None, :]
-    tl.store(out + where, y.to(out.dtype.element_ty), mask=seen)
+    tl.store(out + where, y, mask=seen)
     if total is not None:
-        tl.store(total + where, h.to(total.dtype.element_ty), mask=seen)
+        tl.store(total + where, h, mask=seen)
 
 
 @triton.jit
@@ -95,7 +86,6 @@ def backward_kernel(
     t_strides,
     x_strides,
     r_strides,
-    d_strides,
     w_stride,
     rows,
     length,
@@ -110,7 +100,7 @@ def backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     if weight is not None:
-        w = tl.load(weight + column * w_stride, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        w = tl.load(weight + column * w_stride, mask=column < D, other=0.0)[None, :]
     dw = tl.zeros((BLOCK_D,), tl.float32)
     db = tl.zeros((BLOCK_D,), tl.float32)
     for step in range(STEPS):
@@ -119,8 +109,7 @@ def backward_kernel(
         seen = live[:, None] & (column < D)[None, :]
         h = _summed(x, residual, row, live, column, length, alpha, x_strides, r_strides, D)
         y, rstd = _normalised(h, column, eps, D)
-        g = tl.load(grad_out + _starts(row, length, g_strides)[:, None] + column[None, :] * g_strides[2], mask=seen, other=0.0)
-        g = g.to(tl.float32)
+        g = rows_of(grad_out, row, live, column, length, g_strides, D)
         if dweight is not None:
             # rows that do not exist have no gradient, but with eps = 0 no finite y either
             dw += tl.sum(tl.where(live[:, None], g * y, 0.0), 0)
@@ -131,12 +120,11 @@ def backward_kernel(
         inner = g - (tl.sum(g, 1) / D)[:, None] - y * (tl.sum(g * y, 1) / D)[:, None]
         dh = inner * rstd[:, None]
         if grad_total is not None:
-            t = tl.load(grad_total + _starts(row, length, t_strides)[:, None] + column[None, :] * t_strides[2], mask=seen, other=0.0)
-            dh += t.to(tl.float32)
-        where = _starts(row, length, d_strides)[:, None] + column[None, :] * d_strides[2]
-        tl.store(dx + where, dh.to(dx.dtype.element_ty), mask=seen)
+            dh += rows_of(grad_total, row, live, column, length, t_strides, D)
+        where = row[:, None] * D + column[None, :]
+        tl.store(dx + where, dh, mask=seen)
         if dresidual is not None:
-            tl.store(dresidual + where, (alpha * dh).to(dresidual.dtype.element_ty), mask=seen)
+            tl.store(dresidual + where, alpha * dh, mask=seen)
     if dweight is not None:
         tl.store(dweight + program * D + column, dw, mask=column < D)
     if dbias is not None:
@@ -168,7 +156,7 @@ def add_layer_norm(
                 bias,
                 out,
                 None if residual is None else total,
-                *(_strides(tensor) for tensor in (x, residual, out)),
+                *(_strides(tensor) for tensor in (x, residual)),
                 *(_stride(tensor) for tensor in (weight, bias)),
                 b * length,
                 length,
@@ -220,7 +208,7 @@ def add_layer_norm_backward(
                 dresidual,
                 dweight,
                 dbias,
-                *(_strides(tensor) for tensor in (grad_out, grad_sum, x, residual, dx)),
+                *(_strides(tensor) for tensor in (grad_out, grad_sum, x, residual)),
                 _stride(weight),
                 rows,
                 length,

@@ -12,18 +12,10 @@ from torch import Tensor
 
 from triton_attn import device
 from triton_attn.kernels._grid import grid
-from triton_attn.kernels._norm_rows import BACKWARD, FORWARD, constants, key_of, spaces
+from triton_attn.kernels._norm_rows import BACKWARD, FORWARD, constants, key_of, rows_of, spaces
 from triton_attn.tiles import Tiles, chosen_tile
 
 NAME = "norm_matched_add/rows"
-
-
-@triton.jit
-def _row_of(x, row, live, column, length, strides, D: tl.constexpr):
-    """Some rows, counted through batch and time, in float32."""
-    start = (row // length) * strides[0] + (row % length) * strides[1]
-    seen = live[:, None] & (column < D)[None, :]
-    return tl.load(x + start[:, None] + column[None, :] * strides[2], mask=seen, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -46,14 +38,14 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     live = row < rows
-    ours = _row_of(x, row, live, column, length, x_strides, D)
-    theirs = _row_of(branch, row, live, column, length, c_strides, D)
+    ours = rows_of(x, row, live, column, length, x_strides, D)
+    theirs = rows_of(branch, row, live, column, length, c_strides, D)
     ratio = tl.sqrt(tl.sum(ours * ours, 1)) / (tl.sqrt(tl.sum(theirs * theirs, 1)) + eps)
     w = scale
     if weight is not None:
-        w *= tl.load(weight).to(tl.float32)
+        w *= tl.load(weight)
     y = ours + (w * ratio)[:, None] * theirs
-    tl.store(out + row[:, None] * D + column[None, :], y.to(out.dtype.element_ty), mask=live[:, None] & (column < D)[None, :])
+    tl.store(out + row[:, None] * D + column[None, :], y, mask=live[:, None] & (column < D)[None, :])
     tl.store(gain + row, ratio, mask=live)
 
 
@@ -85,32 +77,33 @@ def backward_kernel(
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     w = scale
     if weight is not None:
-        w *= tl.load(weight).to(tl.float32)
+        w *= tl.load(weight)
     dw = tl.zeros((BLOCK_R,), tl.float32)
     for step in range(STEPS):
         row = (program * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         live = row < rows
         seen = live[:, None] & (column < D)[None, :]
-        ours = _row_of(x, row, live, column, length, x_strides, D)
-        theirs = _row_of(branch, row, live, column, length, c_strides, D)
-        g = _row_of(grad_out, row, live, column, length, g_strides, D)
+        ours = rows_of(x, row, live, column, length, x_strides, D)
+        theirs = rows_of(branch, row, live, column, length, c_strides, D)
+        g = rows_of(grad_out, row, live, column, length, g_strides, D)
         own, other = tl.sqrt(tl.sum(ours * ours, 1)), tl.sqrt(tl.sum(theirs * theirs, 1))
         inverse = 1.0 / (other + eps)
         ratio = own * inverse
         along = tl.sum(g * theirs, 1)
-        dw += ratio * along
+        # rows that do not exist have no product, but with eps = 0 no finite ratio either
+        dw += tl.where(live, ratio * along, 0.0)
         dratio = w * along
         if grad_gain is not None:
             dratio += tl.load(grad_gain + (row // length) * t_strides[0] + (row % length) * t_strides[1], mask=live, other=0.0)
-        # a row of zeros has no direction, and gets no gradient through its norm
-        to_own = tl.where(own > 0, dratio * inverse / tl.where(own > 0, own, 1.0), 0.0)
-        to_other = tl.where(other > 0, dratio * ratio * inverse / tl.where(other > 0, other, 1.0), 0.0)
+        # a row of zeros has no direction, and gets no gradient through its norm: what divides it is all the same
+        to_own = dratio * inverse / tl.where(own > 0, own, 1.0)
+        to_other = dratio * ratio * inverse / tl.where(other > 0, other, 1.0)
         where = row[:, None] * D + column[None, :]
         if dx is not None:
-            tl.store(dx + where, (g + to_own[:, None] * ours).to(dx.dtype.element_ty), mask=seen)
+            tl.store(dx + where, g + to_own[:, None] * ours, mask=seen)
         if dbranch is not None:
             d = (w * ratio)[:, None] * g - to_other[:, None] * theirs
-            tl.store(dbranch + where, d.to(dbranch.dtype.element_ty), mask=seen)
+            tl.store(dbranch + where, d, mask=seen)
     if dweight is not None:
         tl.store(dweight + program, scale * tl.sum(dw, 0))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import triton_attn
 from triton_attn import ArgumentError, selective_scan, selective_scan_fn, use_backend
+from triton_attn.portable import _scan_tiles
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
 b, d, length, n = 2, 4, 9, 3
@@ -80,6 +81,21 @@ def test_the_scan_is_the_recurrence(backend: str, changed: dict[str, Any], group
     expected, state = by_einsum(call)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last.double(), state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_portable_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    monkeypatch.setattr(_scan_tiles, "TILE", 0)
+    monkeypatch.setattr(_scan_tiles, "SHORTEST", 4)
+    call = {name: x.double().requires_grad_() if isinstance(x, Tensor) else x for name, x in given(groups).items()}
+    with use_backend("portable"):
+        found, expected = selective_scan_fn(**call, return_last_state=True), by_einsum(call)
+    assert _scan_tiles.steps_of(length, n, d) == 4 < length
+    by_what = [x for x in call.values() if isinstance(x, Tensor)]
+    downwards = [torch.randn_like(x) for x in expected]
+    gradients, truth = (torch.autograd.grad(outputs, by_what, downwards) for outputs in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, truth, rtol=1e-9, atol=1e-9)
 
 
 @BACKENDS

@@ -148,7 +148,7 @@ ROW = Mechanism(
         _case("alpha", 2, 19, 33, alpha=2.2134, **_POST),
         _case("plain", 2, 17, 24, weight="normal", bias="normal"),
         _case("no parameters", 2, 9, 32, residual="normal"),
-        _case("longer than a tile", 2, 150, 5, residual="normal", weight="normal"),
+        _case("longer than a tile", 2, 150, 5, **_POST),
     ),
     probes=lambda width, plain: (_case("everything", 8, 256, width, alpha=2.2, **_POST), _case("plain", 8, 256, width)),
     workloads={

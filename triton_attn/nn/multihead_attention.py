@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn import ArgumentError, attention, refusals
+from triton_attn import ArgumentError, attention, dispatch, refusals
 from triton_attn.nn.attention_weights import attention_weights
 
 NAME = "MultiheadAttention"
+FEW = 2**16  # weights of a call: half a megabyte at most, in float64
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -96,9 +97,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if need_weights and dropout:
             asked, instead = "weights after dropout beside a kernel's output", "pass need_weights=False, or on_unsupported='reference'"
             need_weights = refusals.settle(NAME, asked, instead, self.on_unsupported)
-        if need_weights and dropout:
-            weights = F.dropout(attention_weights(q, k, mask=mask, key_padding_mask=padding).to(v.dtype), dropout)
-            out = weights @ v
+        if need_weights and (dropout or self._few(q, k, mask, padding)):
+            weights = attention_weights(q, k, mask=mask, key_padding_mask=padding)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            out = weights.to(v.dtype) @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             out = self._attend(q, k, v, mask, padding, "top_left" if causal else False, dropout)
@@ -110,6 +112,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = out.permute(0, 2, 1, 3) if self.batch_first and batched else out.permute(2, 0, 1, 3)
         out = out.flatten(2)
         return self.out_proj(out if batched else out[:, 0]), weights
+
+    @staticmethod
+    def _few(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
+        """Whether the output is cheaper from the weights, which are asked for, than by a call of its own that would hold none."""
+        where_no_kernel = q.device.type == "cpu" and dispatch.backend() == "auto" and not dispatch.explaining()
+        # a hidden NaN among the values would reach a product with weights of 0
+        return mask is None and padding is None and where_no_kernel and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= FEW
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool | str, dropout: float

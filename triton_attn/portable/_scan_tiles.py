@@ -17,7 +17,13 @@ from torch import Tensor
 from triton_attn.portable._scan_doubling import scanned
 from triton_attn.portable._watched import backward_is_watched, differentiable
 
-TILE = 128
+TILE = 2**20  # numbers in each buffer of a tile, three of which must stay in the cache
+SHORTEST, LONGEST = 16, 256  # steps
+
+
+def steps_of(length: int, n: int, d: int) -> int:
+    """How many steps a tile has."""
+    return min(length, max(SHORTEST, min(TILE // max(n * d, 1), LONGEST)))
 
 
 class Scan(torch.autograd.Function):
@@ -32,12 +38,13 @@ class Scan(torch.autograd.Function):
         y = torch.zeros_like(size)  # as u and delta lie in memory
         last = size.new_empty(len(rows), d, n)
         starts = []
-        work = _Buffers(size, min(length, TILE), n, d)
+        steps = steps_of(length, n, d)
+        work = _Buffers(size, steps, n, d)
         for number, (item, first, end) in enumerate(rows):
             h = work.start(initial_state, number)
-            for begin in range(first, end, TILE):
+            for begin in range(first, end, max(steps, 1)):
                 starts.append(h)
-                part = slice(begin, min(begin + TILE, end))
+                part = slice(begin, min(begin + steps, end))
                 tile = _Tile(work, u, size, A, B, item, part)
                 states = tile.states(h)
                 row = work.through[: part.stop - part.start]
@@ -61,14 +68,15 @@ class Scan(torch.autograd.Function):
         db, dc = (size.new_zeros(b, groups, length, n) for _ in range(2))
         da = size.new_zeros(n, d)
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
-        work = _Buffers(size, min(length, TILE), n, d)
+        steps = steps_of(length, n, d)
+        work = _Buffers(size, steps, n, d)
         at = A.t().contiguous()
         kept = len(ctx.starts)
         for number, (item, first, end) in reversed(list(enumerate(ctx.rows))):
             dh = grad_last[number].t().contiguous()
-            for begin in reversed(range(first, end, TILE)):
+            for begin in reversed(range(first, end, max(steps, 1))):
                 kept -= 1
-                part = slice(begin, min(begin + TILE, end))
+                part = slice(begin, min(begin + steps, end))
                 tile = _Tile(work, u, size, A, B, item, part)
                 states = tile.states(ctx.starts[kept])
                 gy = work.turn(grad_y[item, :, part], "gy")

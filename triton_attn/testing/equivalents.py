@@ -24,6 +24,8 @@ DELTA = "tl.load(delta_ptr + head.to(tl.int64) * len_m + m, mask=in_m, other="
 LSE = "tl.load(lse_ptr + head.to(tl.int64) * len_m + m, mask=in_m, other="
 TOTALS = "tl.load(state_ptr + tl.cast(shares, tl.int64) * rows + at, mask=inside, other="
 PARTS = "tl.load(parts_ptr + at[:, None] * E + columns[None, :], mask=inside[:, None] & (columns < E)[None, :], other="
+ROWS = "tl.load(x + start[:, None] + column[None, :] * strides[2], mask=seen, other=0.0)"
+GAIN = "tl.load(grad_gain + row // length * t_strides[0] + row % length * t_strides[1], mask=live, other="
 LAST_VISIT = "tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)"
 ROUNDED = "tl.minimum(anyone + tl.cdiv(everyone - anyone, BLOCK) * BLOCK, len_m)"
 
@@ -235,6 +237,23 @@ ARGUMENTS = (
     Argument(
         "one word in 2^31 equals the threshold",
         ("kept: (words >> 1).to(tl.int32) >= threshold -> (words >> 1).to(tl.int32) > threshold",),
+    ),
+    Argument(
+        "columns beyond the width are 0 before they are scaled, and are not stored",
+        tuple(
+            f"{kernel}: tl.load({name} + column * {name[0]}_stride, mask=column < D, other=0.0)"
+            f" -> tl.load({name} + column * {name[0]}_stride, mask=column < D, other=1)"
+            for kernel, name in (("forward_kernel", "weight"), ("forward_kernel", "bias"), ("backward_kernel", "weight"))
+        ),
+    ),
+    Argument(
+        "what a row that does not exist would get is not stored",
+        (f"backward_kernel: {GAIN}0.0) -> {GAIN}1)",),
+    ),
+    Argument(
+        "alpha and the division by the width are float32, and so is what they meet: only a row's sum is narrow; norm_matched_add shows it",
+        (f"rows_of: {ROWS}.to(tl.float32) -> {ROWS}",),
+        ("add_layer_norm",),
     ),
     Argument("both sides are one half at 0", ("sigmoid: x >= 0 -> x > 0",)),
     Argument(
