@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "__main__": ("cli", ""),
     "__init__": ("arguments catalog dispatch tiles functional.* tuning.autotune integrations.patching", ""),
     "nn.configuration": ("__init__ nn.*", "torch yaml"),
-    "nn.*": ("__init__ arguments refusals nn.*", "torch"),
+    "nn.*": ("__init__ arguments dispatch refusals nn.*", "torch"),
     "models.*": ("__init__ arguments nn.* models.*", "torch"),
     "vit.*": ("__init__ arguments models.* vit.*", "torch torchvision typer rich sklearn numpy PIL yaml matplotlib"),
     "clip.*": ("__init__ arguments models.* clip.*", "torch typer rich yaml numpy PIL matplotlib sklearn transformers open_clip"),

@@ -58,9 +58,10 @@ def scaled_dot_product_attention(
     leading: Sequence[int] = (0, 0)
     try:
         plain = _plain(query, key, value)
-        if plain and attn_mask is None:
+        if plain and (attn_mask is None or (not is_causal and _plain_mask(attn_mask, query, key))):
             # what most calls are: all that `attention` checks, in a third of the time
-            tensors = {"query": query, "key": key, "value": value, "mask": None, "key_padding_mask": None, "seed": None}
+            mask = attn_mask if attn_mask is None or attn_mask.ndim == 4 else attn_mask[(None,) * (4 - attn_mask.ndim)]
+            tensors = {"query": query, "key": key, "value": value, "mask": mask, "key_padding_mask": None, "seed": None}
             options = {
                 "causal": "top_left" if is_causal else "",
                 "scale": query.shape[3] ** -0.5 if scale is None else finite(ROW, "scale", scale),
@@ -94,6 +95,16 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     b, h, _, d = query.shape
     return b == shape[0] and h == shape[1] and d == shape[3] and d >= 1
+
+
+def _plain_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether it is a mask for whole sequences of plain tensors, of their dtype, that is the same or given for each item and head."""
+    if type(mask) is not Tensor or mask.layout is not torch.strided or mask.is_nested or mask.device != query.device:
+        return False
+    shape, of_query = mask.shape, query.shape
+    if not 2 <= len(shape) <= 4 or shape[-2] != of_query[2] or shape[-1] != key.shape[2] or mask.dtype not in (torch.bool, query.dtype):
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(shape[:-2], of_query[4 - len(shape) : 2], strict=True))
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
