@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,6 +175,7 @@ def dilated_attention(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -203,6 +205,7 @@ def dilated_attention_backward(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -211,10 +214,29 @@ def dilated_attention_backward(
     needs: Sequence[bool] = (True, True, True),
     tile: softmax.Tiles = None,
 ) -> tuple[Tensor, ...]:
-    """(dQ, dK, dV) from the saved out and lse, exact through the mixing of branches."""
-    walk = pattern(query, key, segment_lengths, dilation_rates, mode, offset_rule, overlap, causal)
+    """(dQ, dK, dV) from the saved out and lse, exact through the mixing of branches.
+
+    `detach_mixing`: dS = P (dP - delta) in each branch, with P of the joint lse, and delta of the branch's own output, which is
+    computed again. So nothing is kept for a branch, and memory is taken for one branch at a time.
+    """
     extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed, causal)
-    return softmax.backward(walk, SPACES, POINTERS, (grad_out, grad_lse), query, key, value, out, lse, extras, needs, tile)
+    given = SPACES, POINTERS, (grad_out, grad_lse), query, key, value
+
+    def walk(lengths: Sequence[int], rates: Sequence[int]) -> Pattern:
+        return pattern(query, key, lengths, rates, mode, offset_rule, overlap, causal)
+
+    def share(length: int, rate: int) -> tuple[Tensor, ...]:
+        branch = walk((length,), (rate,))
+        own = softmax.forward(branch, SPACES, POINTERS, query, key, value, extras, tile)[0]
+        return softmax.backward(branch, *given, own, lse, extras, needs, tile)
+
+    if not detach_mixing:
+        return softmax.backward(walk(segment_lengths, dilation_rates), *given, out, lse, extras, needs, tile)
+    first, *others = zip(segment_lengths, dilation_rates, strict=True)
+    gradients = share(*first)
+    for branch in others:
+        torch._foreach_add_(gradients, share(*branch))
+    return gradients
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:

@@ -26,6 +26,7 @@ def dilated_attention(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -45,19 +46,31 @@ def dilated_attention(
     ]
     if dropout_p > 0 or overlap == "unique" or torch.compiler.is_compiling() or query.numel() == 0:
         once = overlap == "unique"
-        out, lse = _every_pair(query, key, value, branches, once, key_padding_mask, bool(causal), scale, dropout_p, seed)
+        together = [[branch] for branch in branches] if detach_mixing else [branches]
+        parts = [_every_pair(query, key, value, some, once, key_padding_mask, bool(causal), scale, dropout_p, seed) for some in together]
+        out, lse = _joined(parts, detach_mixing)
         return (out, lse) if return_lse else out
     if g != h:
         key, value = (x.repeat_interleave(h // max(g, 1), 1) for x in (key, value))
     # joined log-sum-exps err by their own magnitude, for which float64 has no wider type
     joinable = query.dtype != torch.float64 and _fused.serves(query, key, value)
     if key_padding_mask is None and not return_lse and joinable:
-        return _Mixed.apply(query, key, value, branches, bool(causal), scale)  # type: ignore[no-any-return,no-untyped-call]
+        return _Mixed.apply(query, key, value, branches, bool(causal), scale, detach_mixing)  # type: ignore[no-any-return,no-untyped-call]
     parts = [_branch(query, key, value, branch, key_padding_mask, bool(causal), scale) for branch in branches]
-    lse = torch.stack([part[1] for part in parts]).logsumexp(0)
-    share = [(part[1] - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(query.dtype)[..., None] for part in parts]
-    out = torch.stack([part[0] * weight for part, weight in zip(parts, share, strict=True)]).sum(0)
+    out, lse = _joined(parts, detach_mixing)
     return (out, lse) if return_lse else out
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]], detach_mixing: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) of all from those of each."""
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    each = torch.stack(lses)
+    lse = each.logsumexp(0)
+    share = (each - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(outs[0].dtype)[..., None]
+    share = share.detach() if detach_mixing else share
+    return torch.stack([out * weight for out, weight in zip(outs, share, strict=True)]).sum(0), lse
 
 
 def _selecting(branch: int, heads: int, number: int, rate: int, mode: str, offset_rule: str) -> list[tuple[int, slice]]:
@@ -154,7 +167,9 @@ class _Mixed(torch.autograd.Function):
     """Branches by torch's fused call, whose backward takes the joint output and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Branch], causal: bool, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Branch], causal: bool, scale: float, detach_mixing: bool
+    ) -> Tensor:
         out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         # a log-sum-exp is rounded by the torch call that gives it; in float64 joining rounds it no further
         lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64, device=query.device)
@@ -165,15 +180,14 @@ class _Mixed(torch.autograd.Function):
             joint.lerp_(found, (own - both).exp_().to(joint.dtype)[..., None])
             total.copy_(both)
         ctx.save_for_backward(query, key, value, out, lse.to(torch.promote_types(query.dtype, torch.float32)))
-        ctx.how = branches, causal, scale
+        ctx.how = branches, causal, scale, detach_mixing
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         query, key, value, out, lse = ctx.saved_tensors
-        branches, causal, scale = ctx.how
-        return *_Gradients.apply(grad, query, key, value, out, lse, branches, causal, scale), None, None, None  # type: ignore[no-untyped-call]
+        return *_Gradients.apply(grad, query, key, value, out, lse, *ctx.how), None, None, None, None  # type: ignore[no-untyped-call]
 
 
 class _Gradients(torch.autograd.Function):
@@ -191,9 +205,12 @@ class _Gradients(torch.autograd.Function):
         branches: Sequence[Branch],
         causal: bool,
         scale: float,
+        detach_mixing: bool,
     ) -> tuple[Tensor, ...]:
         results = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
         for q, k, v, joint, total, do, *sums in _pieces(branches, query, key, value, out, lse[..., None], grad, *results):
+            if detach_mixing:  # delta is of the branch's own output
+                joint, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, joint, total[..., 0], 0.0, causal, scale=scale
             )
