@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby, product
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -228,20 +230,28 @@ class _Gradients(torch.autograd.Function):
 
 
 def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Views (heads, segments, rows, D) of (B, H, N, D) tensors that meet in one call: whole segments together, then a short one."""
-    n = tensors[0].shape[2]
+    """Views (., ., rows, D) of (B, H, N, D) tensors that meet in one call.
+
+    Phases one after the other lie at one distance, head and row together, so they are an axis, as are their heads, whole segments and
+    the batch. A call takes the two longest of these; the others are a loop.
+    """
+    n, h = tensors[0].shape[2], tensors[0].shape[1]
     for length, rate, phases in branches:
         length = min(length, n)
-        whole = n // length * length
-        for phase, heads in phases:
-            for item in zip(*tensors, strict=True):
-                if phase < length and whole:
-                    yield [_segments(x[heads, :whole], length)[:, :, phase::rate] for x in item]
-                if phase < n - whole:
-                    yield [x[heads, whole + phase :: rate].unsqueeze(1) for x in item]
-
-
-def _segments(x: Tensor, length: int) -> Tensor:
-    """(heads, N, D) as (heads, segments, length, D), always a view."""
-    heads, row, column = x.stride()
-    return x.as_strided((x.shape[0], x.shape[1] // length, length, x.shape[2]), (heads, length * row, row, column), x.storage_offset())
+        for start, segments, size in ((0, n // length, length), (n // length * length, 1, n % length)):
+            shaped = [((len(range(phase, size, rate)), len(range(h)[heads])), phase, heads) for phase, heads in phases]
+            for (rows, each), alike in groupby(shaped, itemgetter(0)):
+                (_, phase, heads), *others = alike
+                if rows == 0 or each == 0:
+                    continue
+                apart = others[0][2].start - heads.start if others else 0
+                sizes = tensors[0].shape[0], 1 + len(others), each, segments
+                longest = sorted(range(4), key=sizes.__getitem__, reverse=True)
+                views = []
+                for x in tensors:
+                    item, head, row, column = x.stride()
+                    strides = item, apart * head + row, (heads.step or 1) * head, length * row, rate * row, column
+                    place = x.storage_offset() + heads.start * head + (start + phase) * row
+                    views.append(x.as_strided((*sizes, rows, x.shape[-1]), strides, place).permute(*longest, 4, 5))
+                for i, j in product(*(range(sizes[axis]) for axis in longest[2:])):
+                    yield [x[:, :, i, j] for x in views]
