@@ -246,12 +246,14 @@ def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[list[Tenso
                     continue
                 apart = others[0][2].start - heads.start if others else 0
                 sizes = tensors[0].shape[0], 1 + len(others), each, segments
-                longest = sorted(range(4), key=sizes.__getitem__, reverse=True)
-                views = []
-                for x in tensors:
-                    item, head, row, column = x.stride()
-                    strides = item, apart * head + row, (heads.step or 1) * head, length * row, rate * row, column
-                    place = x.storage_offset() + heads.start * head + (start + phase) * row
-                    views.append(x.as_strided((*sizes, rows, x.shape[-1]), strides, place).permute(*longest, 4, 5))
-                for i, j in product(*(range(sizes[axis]) for axis in longest[2:])):
-                    yield [x[:, :, i, j] for x in views]
+                outer, inner, *looped = sorted(range(4), key=sizes.__getitem__, reverse=True)
+                for turn in product(*(range(sizes[axis]) for axis in looped)):
+                    views = []
+                    for x in tensors:
+                        item, head, row, column = x.stride()
+                        steps = item, apart * head + row, (heads.step or 1) * head, length * row
+                        place = x.storage_offset() + heads.start * head + (start + phase) * row
+                        place += sum(at * steps[axis] for at, axis in zip(turn, looped, strict=True))
+                        shape = sizes[outer], sizes[inner], rows, x.shape[-1]
+                        views.append(x.as_strided(shape, (steps[outer], steps[inner], rate * row, column), place))
+                    yield views
