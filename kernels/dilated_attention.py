@@ -220,22 +220,18 @@ def dilated_attention_backward(
     computed again. So nothing is kept for a branch, and memory is taken for one branch at a time.
     """
     extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed, causal)
-    given = SPACES, POINTERS, (grad_out, grad_lse), query, key, value
 
-    def walk(lengths: Sequence[int], rates: Sequence[int]) -> Pattern:
-        return pattern(query, key, lengths, rates, mode, offset_rule, overlap, causal)
+    def share(lengths: Sequence[int], rates: Sequence[int], out: Tensor | None = None) -> tuple[Tensor, ...]:
+        walk = pattern(query, key, lengths, rates, mode, offset_rule, overlap, causal)
+        if out is None:
+            out = softmax.forward(walk, SPACES, POINTERS, query, key, value, extras, tile)[0]
+        return softmax.backward(walk, SPACES, POINTERS, (grad_out, grad_lse), query, key, value, out, lse, extras, needs, tile)
 
-    def share(length: int, rate: int) -> tuple[Tensor, ...]:
-        branch = walk((length,), (rate,))
-        own = softmax.forward(branch, SPACES, POINTERS, query, key, value, extras, tile)[0]
-        return softmax.backward(branch, *given, own, lse, extras, needs, tile)
-
-    if not detach_mixing:
-        return softmax.backward(walk(segment_lengths, dilation_rates), *given, out, lse, extras, needs, tile)
-    first, *others = zip(segment_lengths, dilation_rates, strict=True)
-    gradients = share(*first)
-    for branch in others:
-        torch._foreach_add_(gradients, share(*branch))
+    if not detach_mixing or mode == "head_group":  # where a head has one branch
+        return share(segment_lengths, dilation_rates, out)
+    gradients = share(segment_lengths[:1], dilation_rates[:1])
+    for i in range(1, len(segment_lengths)):
+        torch._foreach_add_(gradients, share(segment_lengths[i : i + 1], dilation_rates[i : i + 1]))
     return gradients
 
 
