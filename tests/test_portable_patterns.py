@@ -110,7 +110,7 @@ def test_phases_share_calls_that_meet_each_selected_token_once(
 ) -> None:
     branch = (length, rate, dilated_attention._selecting(0, h, 1, rate, "longnet", rule))
     token = torch.arange(b * h * n).view(b, h, n, 1)
-    pieces = [piece for (piece,) in dilated_attention._pieces([branch], token)]
+    pieces = [piece for _, (piece,) in dilated_attention._pieces([branch], token)]
     for piece in pieces:  # one head and one segment of one item meet
         first = piece[:, :, :1]
         assert torch.equal(piece // n, (first // n).expand(piece.shape))

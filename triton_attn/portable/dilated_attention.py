@@ -175,11 +175,15 @@ class _Mixed(torch.autograd.Function):
         out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         # a log-sum-exp is rounded by the torch call that gives it; in float64 joining rounds it no further
         lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64, device=query.device)
-        for q, k, v, joint, total in _pieces(branches, query, key, value, out, lse[..., None]):
+        for first, (q, k, v, joint, total) in _pieces(branches, query, key, value, out, lse[..., None]):
             found, own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
-            total = total[..., 0]
-            both = torch.logaddexp(total, own.double())
-            joint.lerp_(found, (own - both).exp_().to(joint.dtype)[..., None])
+            own = own[..., None].double()
+            if first:
+                joint.copy_(found)
+                total.copy_(own)
+                continue
+            both = torch.logaddexp(total, own)
+            joint.lerp_(found, (own - both).exp_().to(joint.dtype))
             total.copy_(both)
         ctx.save_for_backward(query, key, value, out, lse.to(torch.promote_types(query.dtype, torch.float32)))
         ctx.how = branches, causal, scale, detach_mixing
@@ -210,14 +214,14 @@ class _Gradients(torch.autograd.Function):
         detach_mixing: bool,
     ) -> tuple[Tensor, ...]:
         results = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-        for q, k, v, joint, total, do, *sums in _pieces(branches, query, key, value, out, lse[..., None], grad, *results):
+        for first, (q, k, v, joint, total, do, *sums) in _pieces(branches, query, key, value, out, lse[..., None], grad, *results):
             if detach_mixing:  # delta is of the branch's own output
                 joint, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, joint, total[..., 0], 0.0, causal, scale=scale
             )
             for gradient, part in zip(sums, found, strict=True):
-                gradient += part
+                gradient.copy_(part) if first else gradient.add_(part)
         return results
 
     @staticmethod
@@ -229,14 +233,14 @@ class _Gradients(torch.autograd.Function):
         raise NotImplementedError("the derivative of the gradients of portable dilated attention is not implemented")
 
 
-def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Views (., ., rows, D) of (B, H, N, D) tensors that meet in one call.
+def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[tuple[bool, list[Tensor]]]:
+    """Views (., ., rows, D) of (B, H, N, D) tensors that meet in one call, and whether these are the first for their rows.
 
     Phases one after the other lie at one distance, head and row together, so they are an axis, as are their heads, whole segments and
     the batch. A call takes the two longest of these; the others are a loop.
     """
     n, h = tensors[0].shape[2], tensors[0].shape[1]
-    for length, rate, phases in branches:
+    for number, (length, rate, phases) in enumerate(branches):
         length = min(length, n)
         for start, segments, size in ((0, n // length, length), (n // length * length, 1, n % length)):
             shaped = [((len(range(phase, size, rate)), len(range(h)[heads])), phase, heads) for phase, heads in phases]
@@ -256,4 +260,4 @@ def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[list[Tenso
                         place += sum(at * steps[axis] for at, axis in zip(turn, looped, strict=True))
                         shape = sizes[outer], sizes[inner], rows, x.shape[-1]
                         views.append(x.as_strided(shape, (steps[outer], steps[inner], rate * row, column), place))
-                    yield views
+                    yield number == 0, views
