@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,6 +175,7 @@ def dilated_attention(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -203,6 +205,7 @@ def dilated_attention_backward(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -211,10 +214,25 @@ def dilated_attention_backward(
     needs: Sequence[bool] = (True, True, True),
     tile: softmax.Tiles = None,
 ) -> tuple[Tensor, ...]:
-    """(dQ, dK, dV) from the saved out and lse, exact through the mixing of branches."""
-    walk = pattern(query, key, segment_lengths, dilation_rates, mode, offset_rule, overlap, causal)
+    """(dQ, dK, dV) from the saved out and lse, exact through the mixing of branches.
+
+    `detach_mixing`: dS = P (dP - delta) in each branch, with P of the joint lse, and delta of the branch's own output, which is
+    computed again. So nothing is kept for a branch, and memory is taken for one branch at a time.
+    """
     extras = Extras.of(query, None, key_padding_mask, scale, dropout_p, seed, causal)
-    return softmax.backward(walk, SPACES, POINTERS, (grad_out, grad_lse), query, key, value, out, lse, extras, needs, tile)
+
+    def share(lengths: Sequence[int], rates: Sequence[int], out: Tensor | None = None) -> tuple[Tensor, ...]:
+        walk = pattern(query, key, lengths, rates, mode, offset_rule, overlap, causal)
+        if out is None:
+            out = softmax.forward(walk, SPACES, POINTERS, query, key, value, extras, tile)[0]
+        return softmax.backward(walk, SPACES, POINTERS, (grad_out, grad_lse), query, key, value, out, lse, extras, needs, tile)
+
+    if not detach_mixing or mode == "head_group":  # where a head has one branch
+        return share(segment_lengths, dilation_rates, out)
+    gradients = share(segment_lengths[:1], dilation_rates[:1])
+    for i in range(1, len(segment_lengths)):
+        torch._foreach_add_(gradients, share(segment_lengths[i : i + 1], dilation_rates[i : i + 1]))
+    return gradients
 
 
 def tile_key(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import _gathered
-from triton_attn import ArgumentError, dilated_attention, use_backend
+from triton_attn import ArgumentError, dilated_attention, operators, use_backend
+from triton_attn.functional.dilated_attention import ROW
 from triton_attn.nn import DilatedAttention
 
 PATTERN: dict[str, Any] = {"segment_lengths": (8, 16, 32), "dilation_rates": (1, 2, 3)}
@@ -93,6 +95,60 @@ def test_kernels_compute_it() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(found, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_nothing_is_kept_for_a_branch(backend: str, number: int) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    leaves = drawn(dtype=torch.float32)
+    pattern = {name: branches[:number] for name, branches in PATTERN.items()}
+    kept: dict[int, int] = {}  # bytes by where they lie
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.nbytes
+        return x
+
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = dilated_attention(*leaves, **pattern, detach_mixing=True)
+    lse = 4 * out[..., 0].numel()
+    assert sum(kept.values()) == sum(x.nbytes for x in leaves) + out.nbytes + lse
+
+
+def test_the_backward_pass_takes_memory_for_one_branch_at_a_time() -> None:
+    pytest.importorskip("triton")
+    from triton_attn.capacity import workspace
+
+    backward = operators.operator(ROW).backward
+    x, out, lse = torch.empty(2, 3, 40, 16), torch.empty(2, 3, 40, 8), torch.empty(2, 3, 40)
+    value = out
+
+    def taken(number: int, detach: bool) -> int:
+        pattern = [branches[:number] for branches in PATTERN.values()]
+        options = *pattern, "longnet", "block", "count", detach, "", 0.25, 0.0
+        return workspace(backward, (out, None, x, x, value, None, None, out, lse, *options, [True] * 3))
+
+    assert taken(3, detach=False) == lse.nbytes
+    # the output of a branch and what it adds to the gradients
+    assert taken(2, detach=True) == taken(3, detach=True) == 2 * x.nbytes + value.nbytes + out.nbytes + lse.nbytes
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
+def test_dropout_drops_a_pair_in_all_of_its_branches_and_gradients_are_of_what_is_left(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    leaves, call = drawn(dtype=torch.float32), partial(dilated_attention, **PATTERN, dropout_p=0.4)
+    found = []
+    for detach in (False, True):
+        torch.manual_seed(0)
+        with use_backend(backend):
+            out = call(*leaves, detach_mixing=detach)
+            found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    (plain, *_, exact), (out, *_, dv) = found
+    torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dv, exact, rtol=1e-3, atol=1e-4)  # values have the same gradient
+    assert not torch.allclose(found[0][1], found[1][1], rtol=0.05)
 
 
 def test_head_groups_mix_nothing_and_modules_pass_it_on() -> None:

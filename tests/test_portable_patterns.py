@@ -94,6 +94,34 @@ def test_branches_join_fused_calls(options: dict[str, Any], monkeypatch: pytest.
     assert calls == ["apply"]
 
 
+PHASES = {
+    # batch, heads, tokens, segment, rate, rule, calls
+    "heads side by side": (1, 8, 128, 128, 4, "block", 1),
+    "a head a phase": (1, 8, 128, 128, 16, "block", 1),
+    "several segments": (1, 8, 128, 32, 4, "block", 2),
+    "several segments of a batch": (3, 8, 120, 30, 4, "mod", 2 * 2 * 2),
+    "a short segment and a smaller group": (2, 5, 45, 20, 2, "block", 2 + 2 + 1 + 1),
+}
+
+
+@pytest.mark.parametrize(("b", "h", "n", "length", "rate", "rule", "calls"), PHASES.values(), ids=PHASES.keys())
+def test_phases_share_calls_that_meet_each_selected_token_once(
+    b: int, h: int, n: int, length: int, rate: int, rule: str, calls: int
+) -> None:
+    branch = (length, rate, dilated_attention._selecting(0, h, 1, rate, "longnet", rule))
+    token = torch.arange(b * h * n).view(b, h, n, 1)
+    pieces = [piece for _, (piece,) in dilated_attention._pieces([branch], token)]
+    for piece in pieces:  # one head and one segment of one item meet
+        first = piece[:, :, :1]
+        assert torch.equal(piece // n, (first // n).expand(piece.shape))
+        assert torch.equal(piece % n // length, (first % n // length).expand(piece.shape))
+    found = torch.cat([piece.flatten() for piece in pieces])
+    head, place = token // n % h, token % n
+    phase = head // -(-h // rate) if rule == "block" else head % rate
+    assert found.sort().values.tolist() == token[place % length % rate == phase].tolist()
+    assert len(pieces) == calls
+
+
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "band": lambda x: CATALOG["local_global_attention"].function(x, x, x, window=8),
     "branches": lambda x: CATALOG["dilated_attention"].function(x, x, x, segment_lengths=(64,), dilation_rates=(2,)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from triton_attn.reference.attention import attention
 from triton_attn.reference.dilated_attention import bound, offset_of
 from triton_attn.reference.dilated_attention import dilated_attention as reference
 
+RIDERS: Options = {"causal": True, "key_padding_mask": "random", "dropout_p": 0.1}
 MODES, RULES, OVERLAPS = ("longnet", "head_group"), ("block", "mod"), ("count", "unique")
 
 
@@ -55,7 +55,7 @@ def dilated_attention(
             "mod" o = h mod r.
         overlap: "count": a key that several branches share counts once for each; "unique": once.
         detach_mixing: torchscale's gradient, which takes the branches' weights in the mixture for constants: for going on with what was
-            trained so. The output is the same. A call for each branch, whose outputs are kept; dropout falls apart for each branch.
+            trained so. The output is the same. The backward pass computes each branch's output again, so that none is kept.
         key_padding_mask: (B, N) boolean, True = ignore. What lies there, NaN included, reaches neither output nor gradients.
         causal: False; True, "top_left" or "bottom_right", which are one: query i sees no key after itself.
         scale: multiplies the scores; D ** -0.5 if None.
@@ -81,37 +81,20 @@ def dilated_attention(
     )
     if len(lengths) != len(rates):
         raise arguments.ArgumentError(ROW.name, "dilation_rates", f"has {len(rates)} numbers; allowed: {len(lengths)}, as segment_lengths")
-    if arguments.flag(ROW, "detach_mixing", detach_mixing) and mode == "longnet" and len(lengths) > 1:
-        if overlap == "unique":
-            raise arguments.ArgumentError(ROW.name, "overlap", "is 'unique' beside detach_mixing; allowed: 'count', as branches are apart")
-        same: dict[str, Any] = {"offset_rule": offset_rule, "key_padding_mask": key_padding_mask, "causal": causal, "scale": scale}
-        alone = [
-            dilated_attention(
-                query, key, value, segment_lengths=(length,), dilation_rates=(rate,), dropout_p=dropout_p, return_lse=True, **same
-            )
-            for length, rate in zip(lengths, rates, strict=True)
-        ]
-        out, lse = _mixed(*zip(*alone, strict=True))
-        return (out, lse) if return_lse else out
+    # a head's only branch is not mixed
+    detached = arguments.flag(ROW, "detach_mixing", detach_mixing) and mode == "longnet" and len(lengths) > 1
+    if detached and overlap == "unique":
+        raise arguments.ArgumentError(ROW.name, "overlap", "is 'unique' beside detach_mixing; allowed: 'count', as branches are apart")
     options = {
         "segment_lengths": lengths,
         "dilation_rates": rates,
         "mode": arguments.choice(ROW, "mode", mode, MODES),
         "offset_rule": arguments.choice(ROW, "offset_rule", offset_rule, RULES),
         "overlap": arguments.choice(ROW, "overlap", overlap, OVERLAPS),
+        "detach_mixing": detached,
         **softmax.common_options(ROW, sizes, causal, scale, dropout_p),
     }
     return operators.run(ROW, tensors, options, return_lse)
-
-
-def _mixed(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Branches by constant weights, and the log-sum-exp of all."""
-    every = torch.stack(tuple(lses))
-    lse = every.logsumexp(0)
-    # a query that no branch selects weighs nothing
-    weights = (every - lse.masked_fill(lse == -torch.inf, 0.0)).exp().detach().unsqueeze(-1)
-    mixed = sum(weight * out for weight, out in zip(weights, outs, strict=True))
-    return mixed.to(outs[0].dtype), lse
 
 
 def _pointers() -> Code:
@@ -149,8 +132,7 @@ def _case(
 def _probes(width: int, plain: bool) -> tuple[Case, ...]:
     if plain:
         return (_case("two branches", 2, 8, 8, 4096, width, width, (1024, 4096), (1, 4), causal=True),)
-    riders: Options = {"causal": True, "key_padding_mask": "random", "dropout_p": 0.1, "overlap": "unique"}
-    return (_case("everything", 2, 8, 4, 1000, width - 4, width - 4, (96, 300), (1, 3), **riders),)
+    return (_case("everything", 2, 8, 4, 1000, width - 4, width - 4, (96, 300), (1, 3), overlap="unique", **RIDERS),)
 
 
 def _one_segment(tensors: Tensors, options: Options) -> Mapping[str, Any]:
@@ -172,6 +154,7 @@ ROW = Mechanism(
         "mode": "str",
         "offset_rule": "str",
         "overlap": "str",
+        "detach_mixing": "bool",
         "causal": "str",
         "scale": "float",
         "dropout_p": "float",
@@ -194,6 +177,8 @@ ROW = Mechanism(
         _case("padded keys", 2, 2, 2, 36, 16, 16, (18, 36), (1, 2), key_padding_mask="random"),
         _case("padded before the beginning", 1, 1, 1, 48, 16, 16, (48, 24), (1, 2), key_padding_mask="prefix"),
         _case("dropout", 1, 2, 1, 24, 16, 16, (12, 24), (1, 2), dropout_p=0.2),
+        _case("detached mixing", 1, 3, 3, 50, 16, 16, (20, 25, 50), (1, 2, 3), detach_mixing=True),
+        _case("detached mixing with everything", 2, 2, 1, 34, 16, 16, (17, 34), (1, 2), detach_mixing=True, **RIDERS),
     ),
     probes=_probes,
     workloads={
@@ -207,5 +192,4 @@ ROW = Mechanism(
     laws=softmax.PATTERN_LAWS,
     reduction=Reduction(_one_segment, attention),
     exact_pairs=False,
-    public=("detach_mixing",),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby, product
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ def dilated_attention(
     mode: str = "longnet",
     offset_rule: str = "block",
     overlap: str = "count",
+    detach_mixing: bool = False,
     key_padding_mask: Tensor | None = None,
     causal: bool | str = False,
     scale: float | None = None,
@@ -45,19 +48,31 @@ def dilated_attention(
     ]
     if dropout_p > 0 or overlap == "unique" or torch.compiler.is_compiling() or query.numel() == 0:
         once = overlap == "unique"
-        out, lse = _every_pair(query, key, value, branches, once, key_padding_mask, bool(causal), scale, dropout_p, seed)
+        together = [[branch] for branch in branches] if detach_mixing else [branches]
+        parts = [_every_pair(query, key, value, some, once, key_padding_mask, bool(causal), scale, dropout_p, seed) for some in together]
+        out, lse = _joined(parts, detach_mixing)
         return (out, lse) if return_lse else out
     if g != h:
         key, value = (x.repeat_interleave(h // max(g, 1), 1) for x in (key, value))
     # joined log-sum-exps err by their own magnitude, for which float64 has no wider type
     joinable = query.dtype != torch.float64 and _fused.serves(query, key, value)
     if key_padding_mask is None and not return_lse and joinable:
-        return _Mixed.apply(query, key, value, branches, bool(causal), scale)  # type: ignore[no-any-return,no-untyped-call]
+        return _Mixed.apply(query, key, value, branches, bool(causal), scale, detach_mixing)  # type: ignore[no-any-return,no-untyped-call]
     parts = [_branch(query, key, value, branch, key_padding_mask, bool(causal), scale) for branch in branches]
-    lse = torch.stack([part[1] for part in parts]).logsumexp(0)
-    share = [(part[1] - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(query.dtype)[..., None] for part in parts]
-    out = torch.stack([part[0] * weight for part, weight in zip(parts, share, strict=True)]).sum(0)
+    out, lse = _joined(parts, detach_mixing)
     return (out, lse) if return_lse else out
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]], detach_mixing: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) of all from those of each."""
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    each = torch.stack(lses)
+    lse = each.logsumexp(0)
+    share = (each - lse.masked_fill(lse == -math.inf, 0.0)).exp().to(outs[0].dtype)[..., None]
+    share = share.detach() if detach_mixing else share
+    return torch.stack([out * weight for out, weight in zip(outs, share, strict=True)]).sum(0), lse
 
 
 def _selecting(branch: int, heads: int, number: int, rate: int, mode: str, offset_rule: str) -> list[tuple[int, slice]]:
@@ -154,26 +169,31 @@ class _Mixed(torch.autograd.Function):
     """Branches by torch's fused call, whose backward takes the joint output and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Branch], causal: bool, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, branches: Sequence[Branch], causal: bool, scale: float, detach_mixing: bool
+    ) -> Tensor:
         out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         # a log-sum-exp is rounded by the torch call that gives it; in float64 joining rounds it no further
         lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64, device=query.device)
-        for q, k, v, joint, total in _pieces(branches, query, key, value, out, lse[..., None]):
+        for first, (q, k, v, joint, total) in _pieces(branches, query, key, value, out, lse[..., None]):
             found, own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
-            total = total[..., 0]
-            both = torch.logaddexp(total, own.double())
-            joint.lerp_(found, (own - both).exp_().to(joint.dtype)[..., None])
+            own = own[..., None].double()
+            if first:
+                joint.copy_(found)
+                total.copy_(own)
+                continue
+            both = torch.logaddexp(total, own)
+            joint.lerp_(found, (own - both).exp_().to(joint.dtype))
             total.copy_(both)
         ctx.save_for_backward(query, key, value, out, lse.to(torch.promote_types(query.dtype, torch.float32)))
-        ctx.how = branches, causal, scale
+        ctx.how = branches, causal, scale, detach_mixing
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         query, key, value, out, lse = ctx.saved_tensors
-        branches, causal, scale = ctx.how
-        return *_Gradients.apply(grad, query, key, value, out, lse, branches, causal, scale), None, None, None  # type: ignore[no-untyped-call]
+        return *_Gradients.apply(grad, query, key, value, out, lse, *ctx.how), None, None, None, None  # type: ignore[no-untyped-call]
 
 
 class _Gradients(torch.autograd.Function):
@@ -191,14 +211,17 @@ class _Gradients(torch.autograd.Function):
         branches: Sequence[Branch],
         causal: bool,
         scale: float,
+        detach_mixing: bool,
     ) -> tuple[Tensor, ...]:
         results = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-        for q, k, v, joint, total, do, *sums in _pieces(branches, query, key, value, out, lse[..., None], grad, *results):
+        for first, (q, k, v, joint, total, do, *sums) in _pieces(branches, query, key, value, out, lse[..., None], grad, *results):
+            if detach_mixing:  # delta is of the branch's own output
+                joint, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, joint, total[..., 0], 0.0, causal, scale=scale
             )
             for gradient, part in zip(sums, found, strict=True):
-                gradient += part
+                gradient.copy_(part) if first else gradient.add_(part)
         return results
 
     @staticmethod
@@ -210,21 +233,31 @@ class _Gradients(torch.autograd.Function):
         raise NotImplementedError("the derivative of the gradients of portable dilated attention is not implemented")
 
 
-def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Views (heads, segments, rows, D) of (B, H, N, D) tensors that meet in one call: whole segments together, then a short one."""
-    n = tensors[0].shape[2]
-    for length, rate, phases in branches:
+def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[tuple[bool, list[Tensor]]]:
+    """Views (., ., rows, D) of (B, H, N, D) tensors that meet in one call, and whether these are the first for their rows.
+
+    Phases one after the other lie at one distance, head and row together, so they are an axis, as are their heads, whole segments and
+    the batch. A call takes the two longest of these; the others are a loop.
+    """
+    n, h = tensors[0].shape[2], tensors[0].shape[1]
+    for number, (length, rate, phases) in enumerate(branches):
         length = min(length, n)
-        whole = n // length * length
-        for phase, heads in phases:
-            for item in zip(*tensors, strict=True):
-                if phase < length and whole:
-                    yield [_segments(x[heads, :whole], length)[:, :, phase::rate] for x in item]
-                if phase < n - whole:
-                    yield [x[heads, whole + phase :: rate].unsqueeze(1) for x in item]
-
-
-def _segments(x: Tensor, length: int) -> Tensor:
-    """(heads, N, D) as (heads, segments, length, D), always a view."""
-    heads, row, column = x.stride()
-    return x.as_strided((x.shape[0], x.shape[1] // length, length, x.shape[2]), (heads, length * row, row, column), x.storage_offset())
+        for start, segments, size in ((0, n // length, length), (n // length * length, 1, n % length)):
+            shaped = [((len(range(phase, size, rate)), len(range(h)[heads])), phase, heads) for phase, heads in phases]
+            for (rows, each), alike in groupby(shaped, itemgetter(0)):
+                (_, phase, heads), *others = alike
+                if rows == 0 or each == 0:
+                    continue
+                apart = others[0][2].start - heads.start if others else 0
+                sizes = tensors[0].shape[0], 1 + len(others), each, segments
+                outer, inner, *looped = sorted(range(4), key=sizes.__getitem__, reverse=True)
+                for turn in product(*(range(sizes[axis]) for axis in looped)):
+                    views = []
+                    for x in tensors:
+                        item, head, row, column = x.stride()
+                        steps = item, apart * head + row, (heads.step or 1) * head, length * row
+                        place = x.storage_offset() + heads.start * head + (start + phase) * row
+                        place += sum(at * steps[axis] for at, axis in zip(turn, looped, strict=True))
+                        shape = sizes[outer], sizes[inner], rows, x.shape[-1]
+                        views.append(x.as_strided(shape, (steps[outer], steps[inner], rate * row, column), place))
+                    yield number == 0, views
