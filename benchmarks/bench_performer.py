@@ -22,7 +22,8 @@ def test_beside_performer_pytorch(benchmark: Any, causal: bool) -> None:
     projection = orthogonal_projection(256, 64, device=WHERE)
 
     def ours() -> torch.Tensor:
-        return performer_attention(query, key, value, projection, causal=causal)
+        out: torch.Tensor = performer_attention(query, key, value, projection, causal=causal)
+        return out
 
     with torch.no_grad():
         mine, peers = bench.interleave(ours, lambda: theirs(query, key, value), WHERE, seconds=8.0)

@@ -87,7 +87,7 @@ def test_the_scan_is_the_recurrence(backend: str, changed: dict[str, Any], group
 def test_portable_tiles_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     monkeypatch.setattr(_scan_tiles, "TILE", 0)
     monkeypatch.setattr(_scan_tiles, "SHORTEST", 4)
-    call = {name: x.double().requires_grad_() if isinstance(x, Tensor) else x for name, x in given(groups).items()}
+    call: dict[str, Any] = {name: x.double().requires_grad_() if isinstance(x, Tensor) else x for name, x in given(groups).items()}
     with use_backend("portable"):
         found, expected = selective_scan_fn(**call, return_last_state=True), by_einsum(call)
     assert _scan_tiles.steps_of(length, n, d) == 4 < length
