@@ -67,7 +67,9 @@ def autotune(folder: str | Path | None = None, *, clock: Clock | None = None) ->
 
             def all_of() -> None:
                 with device.guard(first):
-                    for task, trials in tune(new, first.device, profile=profile, clock=clock or gpu_clock, known=ledger.known):
+                    for task, trials in tune(
+                        new, first.device, profile=profile, clock=clock or gpu_clock, known=ledger.known, tried=ledger.keep
+                    ):
                         ledger.note(task, trials)
 
             with paused(), ThreadPoolExecutor(1) as aside:

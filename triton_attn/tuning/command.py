@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -25,9 +25,11 @@ PREDICTED = "Predicted order beside others, Spearman's rank correlation"
 
 def tune(
     names: Names = None,
-    size: Annotated[list[str] | None, typer.Option(help="Size of an axis of every workload, like n=4096; may be repeated.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option("--size", "--sizes", help="Size of an axis of every workload, like n=4096; may be repeated.")
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32 or tf32; may be repeated.")] = None,
-    budget: Annotated[float, typer.Option(help="Begin no further key after so many seconds.", show_default=False)] = math.inf,
+    budget: Annotated[float, typer.Option(help="Begin no further tile after so many seconds.", show_default=False)] = math.inf,
     resume: Annotated[bool, typer.Option("--resume/--anew", help="Keep what an earlier run has tried, or begin again.")] = True,
     folder: Annotated[
         Path | None, typer.Option(help="Where table and trials go; by default where calls look for the user's tables.")
@@ -128,16 +130,20 @@ def run(
     profile = device.profile(where.index or 0)
     tasks = _planned(mechanisms, sizes, dtypes, profile)
     ledger = Ledger(folder, profile, anew=not resume)
-    found = []
+    found, gone = [], list[str]()
     with terminal.progress(len(tasks), json=as_json) as (tick, step):
-        for task, trials in tuner.tune(tasks, where, profile=profile, clock=clock, known=ledger.known, seconds=budget, tick=tick):
-            ledger.note(task, trials)
-            found.append((task, trials))
-            step(len(found))
-            if as_json:
-                for trial in trials:
-                    print(json.dumps(asdict(trial)), flush=True)
-    lost = [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
+        options: dict[str, Any] = {"known": ledger.known, "tried": ledger.keep, "seconds": budget, "tick": tick}
+        try:
+            for task, trials in tuner.tune(tasks, where, profile=profile, clock=clock, **options):
+                ledger.note(task, trials)
+                found.append((task, trials))
+                step(len(found))
+                if as_json:
+                    for trial in trials:
+                        print(json.dumps(asdict(trial)), flush=True)
+        except tuner.DeviceLost as error:
+            gone.append(str(error))
+    lost = gone + [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
     if not as_json:
         tried = [trial for _, trials in found for trial in trials]
         terminal.show(tables.tuned(tried))
