@@ -22,7 +22,10 @@ from triton_attn.bench import Timing
 from triton_attn.offline import Compiled
 from triton_attn.report import Results, folder, gather, markdown, parts, plots, rows, tables, terminal
 from triton_attn.report.calls import Call
+from triton_attn.report.candidates import Candidates
+from triton_attn.report.earlier import Earlier
 from triton_attn.tiles import Usage
+from triton_attn.tuning.ranking import Ranked
 from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
@@ -33,6 +36,9 @@ COMPILED = Compiled(FIRST, "pointers", "forward", "sm_90", "16bit d64", "64x32 w
 TIMING = Timing(FIRST, "dense", "b=1 h=8", "float32", "cpu", "forward", "portable", 2.0, "torch SDPA", 3.0, 1.5, 7, None)
 CALL = Call(FIRST, "b=1 h=8", "float32", "cpu", "portable", "", {}, {"a kernel": ("query is on cpu",)})
 TRIAL = Trial(f"{FIRST}/pointers/forward", "16bit d64", "64x32 w4 s1", "b=1", "bfloat16", "NVIDIA H200", "3.9.0", "0", 1.5, 0.01, 0.3)
+RANKED = Ranked(
+    f"{FIRST}/pointers/forward", "16bit d64", "b=1 n=4096", "sm_90", "64x32 w4 s1", 1, 3, 1.5, "products", 90, 0, 16384, 5, fault=""
+)
 MACHINE: dict[str, Any] = {"torch": "2.13", "triton": "3.9.0", "interpreter": False, "gpus": []}
 GPU = {"name": "NVIDIA H200", "capability": [9, 0], "refusal": "", "multiprocessors": 132, "memory": 2**37}
 
@@ -106,6 +112,8 @@ def hostile_results() -> Results:
         notes=[HOSTILE],
         faults=[HOSTILE],
         trials=[poison(TRIAL)],
+        earlier=Earlier(HOSTILE, [poison(TIMING)]),
+        candidates=[Candidates((RANKED, poison(dataclasses.replace(RANKED, fault="x"))), HOSTILE, HOSTILE, HOSTILE)],
     )
 
 
@@ -123,16 +131,17 @@ def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path,
     assert re.findall(r"<(?:img|a|script)\b[^>]*>", rendered) == [
         f'<img src="{plots.CHECKS}" alt="Worst error of each check as share of its bound" />',
         f'<img src="{plots.TILES}" alt="Every right tile\'s time over the fastest one\'s" />',
+        f'<img src="{plots.CANDIDATES}" alt="Every candidate\'s predicted time over the least" />',
         f'<img src="{plots.TIMINGS}" alt="The peer\'s time over ours" />',
     ]
     main = shown.partition("<main>")[2].partition("</main>")[0]
     assert not re.search(r"<(?:img|script|iframe|a)\b|javascript:(?!b)", main)
     assert shown.count("<script>") == 1
     assert not re.search(r"^# title", text, re.MULTILINE)
-    assert text.count("</details>") == 1
+    assert text.count("</details>") == 3
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
-    for picture in (plots.CHECKS, plots.TIMINGS, plots.TILES):
+    for picture in (plots.CHECKS, plots.TIMINGS, plots.TILES, plots.CANDIDATES):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring((tmp_path / picture).read_text()).iter()}
         assert not tags & {"img", "script", "image", "foreignObject"}
     terminal.show(tables.calls(given.calls))

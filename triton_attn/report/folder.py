@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def _data(results: Results, made: datetime.datetime) -> dict[str, Any]:
         "targets": list(results.targets),
         **{name: [rows.to_record(row) for row in part] for name, part in zip(rows.PARTS, members, strict=True)},
         "caught": caught.to_records(results.kept, results.stale),
+        "earlier": {"by": results.earlier.said, "bench": [rows.to_record(row) for row in results.earlier.timings]},
+        "candidates": [dataclasses.asdict(each) for each in results.candidates],
         "notes": results.notes,
         "wrong": results.wrong,
     }

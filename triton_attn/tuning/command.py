@@ -89,6 +89,8 @@ def _place(folder: Path | None) -> Path:
     place = folder or device.user_tables()
     if place is None:
         raise BadArgument("folder is not given, TRITON_ATTN_TILES is not set and platformdirs is not installed")
+    if place.is_file():
+        raise BadArgument(f"folder is {place}, which is a file; allowed: a folder")
     return place
 
 
@@ -122,7 +124,7 @@ def run(
     as_json: bool = False,
 ) -> int:
     """Tune a device's workloads; 1 if some key has no tile that is right."""
-    from triton_attn.report import tables, terminal
+    from triton_attn.report import terminal, tile_tables
     from triton_attn.tuning import ranking
     from triton_attn.tuning import tune as tuner
     from triton_attn.tuning.ledger import Ledger
@@ -146,8 +148,8 @@ def run(
     lost = gone + [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
     if not as_json:
         tried = [trial for _, trials in found for trial in trials]
-        terminal.show(tables.tuned(tried))
-        terminal.show(tables.correlations(ranking.of_trials(tried)), PREDICTED)
+        terminal.show(tile_tables.tuned(tried))
+        terminal.show(tile_tables.correlations(ranking.of_trials(tried)), PREDICTED)
         terminal.conclude(len(found), "keys tuned", lost)
         terminal.say(str(ledger.table))
     if len(found) < len(tasks):
@@ -168,7 +170,7 @@ def show_ranks(
     as_json: bool = False,
 ) -> int:
     """Every candidate of the workloads' keys by predicted time, how far this order agrees with others; 1 if no tile of a key may run."""
-    from triton_attn.report import tables, terminal
+    from triton_attn.report import terminal, tile_tables
     from triton_attn.tuning import ranking, roofline
 
     lost, count, trials = [], 0, ranking.measured_in(folder)
@@ -192,11 +194,11 @@ def show_ranks(
                 for record in records if as_json else ():
                     print(json.dumps(record), flush=True)
                 if not as_json:
-                    terminal.show(tables.ranked(ranked), f"{task.name} {target} {task.key}, {ranked[0].sizes}")
+                    terminal.show(tile_tables.ranked(ranked), f"{task.name} {target} {task.key}, {ranked[0].sizes}")
         if count - begun < len(tasks):
             terminal.complain(f"{target}: {len(tasks) - count + begun} keys had no time: the same command goes on with them")
     if not as_json:
-        terminal.show(tables.correlations(correlated), PREDICTED)
+        terminal.show(tile_tables.correlations(correlated), PREDICTED)
         terminal.conclude(count, "keys ranked by a model that no GPU has confirmed", lost)
     return int(bool(lost))
 
