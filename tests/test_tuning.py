@@ -320,7 +320,9 @@ def found():
     return tiles.look_up("attention/pointers/forward", SPACES["forward"], tiles.Key("16bit", 64), device.Profile("x", (9, 0))).tile
 own = found()
 broadcast_tables()
-print(own, found(), sep=",")
+first = found()
+broadcast_tables(torch.distributed.new_group([0, 1], backend="gloo"), source=1)
+print(own, first, found(), sep=",")
 torch.distributed.destroy_process_group()
 """
 
@@ -330,7 +332,20 @@ def test_after_a_broadcast_all_ranks_have_the_same_tiles(tmp_path: Path) -> None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ranks = [subprocess.Popen(line, stdout=subprocess.PIPE, env=environment, text=True) for line in commands]
     said = [rank.communicate(timeout=300)[0].strip() for rank in ranks]
-    assert said == ["64x64 w4 s2,64x64 w4 s2", "128x64 w4 s2,64x64 w4 s2"]
+    assert said == ["64x64 w4 s2,64x64 w4 s2,128x64 w4 s2", "128x64 w4 s2,64x64 w4 s2,128x64 w4 s2"]
+
+
+def test_one_table_in_the_place_of_a_folder_is_refused_where_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.json").write_text("{}")
+    monkeypatch.setattr(device, "USER_TABLE", str(tmp_path / "one.json"))
+    with pytest.raises(ArgumentError, match="TRITON_ATTN_TILES is a file; allowed: a folder"), triton_attn.autotune():
+        pass
+    with pytest.raises(BadArgument, match="which is a file; allowed: a folder"):
+        command._place(None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ArgumentError, match=r"TRITON_ATTN_TILES is the file .*one\.json"):
+        triton_attn.broadcast_tables(folder=tmp_path)
 
 
 def test_a_broadcast_without_a_group_says_what_comes_first() -> None:
