@@ -178,12 +178,18 @@ def test_the_page_is_one_file_that_trusts_nothing(tmp_path: Path) -> None:
         assert base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() in shown
 
 
+def label_of(figure: Any) -> str:
+    return str(figure.axes[0].get_legend().get_texts()[0].get_text())
+
+
 def test_times_at_lengths_are_drawn_against_length_and_bars_show_the_longest(tmp_path: Path) -> None:
     timed = [dataclasses.replace(TIMING, case=f"length {n}", milliseconds=n / 100.0, ratio=n / 512) for n in (256, 1024)]
     folder.write(results(timings=timed), tmp_path)
     text = (tmp_path / folder.MARKDOWN).read_text()
     assert plots.LENGTHS in text
     assert [row.case for row in plots._longest(timed)] == ["length 1024"]
+    assert label_of(plots.lengths(timed)) == "ours"
+    assert label_of(plots.lengths([dataclasses.replace(row, limit=0.62) for row in timed])) == "ours, 62 % of the limit at 1024"
     assert bench.at_length(CATALOG[FIRST], CATALOG[FIRST].workloads["cpu"][0], 64).sizes["m"] == 64
 
 

@@ -118,7 +118,9 @@ def lengths(rows: Sequence[Timing]) -> Figure:
         axes.set_visible(True)
         mine = [row for row in rows if row.mechanism == name]
         ours = {_length(row): row.milliseconds for row in mine}
-        axes.plot(list(ours), list(ours.values()), color=_KERNEL, marker="o", markersize=3.5, label="ours", zorder=3)
+        longest = max(mine, key=_length)
+        label = "ours" if longest.limit is None else f"ours, {100 * longest.limit:.0f} % of the limit at {_length(longest)}"
+        axes.plot(list(ours), list(ours.values()), color=_KERNEL, marker="o", markersize=3.5, label=label, zorder=3)
         for color, peer in zip(_PEERS, dict.fromkeys(row.peer for row in mine), strict=False):
             theirs = [(_length(row), row.peer_milliseconds) for row in mine if row.peer == peer]
             axes.plot(*zip(*theirs, strict=True), color=color, marker="s", markersize=3, linewidth=1, label=_drawable(peer))
