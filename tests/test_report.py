@@ -165,6 +165,9 @@ def test_the_page_is_one_file_that_trusts_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in shown
     assert shown.count("<svg") == 2
     assert shown.count('role="img" aria-label=') == 2
+    regions = re.findall(r'role="region" aria-label="([^"]*)"', shown)
+    assert len(regions) == shown.count("<table>")
+    assert {"1. This machine", "Coverage", "Every check"} <= set(regions)
     for element in re.findall(r"<(?:img|link|iframe|object|embed)\b", shown):
         pytest.fail(f"the page asks for {element}")
     assert set(re.findall(r'(?:href|src)="([^#"][^"]*)"', shown)) == set()

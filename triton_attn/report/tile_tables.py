@@ -33,7 +33,7 @@ def coverage(rows: Sequence[Call]) -> Table:
 def uncovered(rows: Sequence[Call]) -> Table:
     """Every launch of a workload whose tile nobody has tuned for its lengths: which tile it gets, and whence."""
     cells = [
-        (row.mechanism, row.where, row.sizes, row.dtype, launch, *tile.removeprefix("tile ").split(", ", 1))
+        (row.mechanism, row.where, row.sizes, row.dtype, launch, *tile.removeprefix("tile ").partition(", ")[::2])
         for row in rows
         for launch, tile in row.tiles.items()
         if "tuned on" not in tile
