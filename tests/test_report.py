@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -20,7 +21,7 @@ from markdown_it import MarkdownIt
 from triton_attn import CATALOG, bench
 from triton_attn.bench import Timing
 from triton_attn.offline import Compiled
-from triton_attn.report import Results, folder, gather, markdown, parts, plots, rows, tables, terminal
+from triton_attn.report import Results, calls, folder, gather, markdown, parts, plots, rows, tables, terminal
 from triton_attn.report.calls import Call
 from triton_attn.report.candidates import Candidates
 from triton_attn.report.earlier import Earlier
@@ -219,6 +220,17 @@ def test_a_page_of_nothing_promises_nothing(tmp_path: Path) -> None:
     assert "All right" not in text
     assert "![" not in text
     assert not (tmp_path / plots.CHECKS).exists()
+
+
+@pytest.mark.parametrize("row", CATALOG.values(), ids=lambda row: row.name)
+def test_what_a_call_runs_does_not_depend_on_what_memory_held(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        made = torch.zeros_like(tensor, **options)
+        return made if made.dtype == torch.bool else made.fill_(-(2**31) if not made.is_floating_point() else torch.nan)
+
+    monkeypatch.setattr(torch, "empty_like", held)
+    told = calls.here(row, row.workloads["cpu"][0], torch.float32, torch.device("cpu"))
+    assert told.path in ("kernel", "portable")
 
 
 @pytest.fixture
