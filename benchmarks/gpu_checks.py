@@ -108,7 +108,7 @@ def of_tiles(*, shipped: bool) -> Iterator[Check]:
 
 def shipped_tiles(launch: str, key: tiles.Key) -> list[tiles.Tile]:
     """What the shipped tables of this device and of its capability name."""
-    profile, found = device.profile(0), []
+    profile, found = device.profile(0), list[tiles.Tile]()
     for stem in (tiles.slug(profile.name), device.architecture(profile.capability)):
         path = tiles.SHIPPED / f"{stem}.json"
         entries = tiles.read(path).get(launch, {"tiles": {}})["tiles"] if path.exists() else {}

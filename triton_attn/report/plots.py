@@ -166,11 +166,15 @@ def candidates(rows: Sequence[Candidates]) -> Figure:
         ("first of the space, which fits every GPU", _PORTABLE, 120, lambda row: row.first),
     ]
     places = [(time, height) for height, row in enumerate(rows) for each in row.ranked if (time := row.over_the_best(each.tile))]
-    axes.scatter(*zip(*places, strict=True), s=16, c=_KERNEL, alpha=0.6, linewidths=0, label="a candidate")
+    axes.scatter(
+        [time for time, _ in places], [height for _, height in places], s=16, c=_KERNEL, alpha=0.6, linewidths=0, label="a candidate"
+    )
     for label, color, size, tile in marked:
         rings = [(time, height) for height, row in enumerate(rows) if (time := row.over_the_best(tile(row)))]
         if rings:
-            axes.scatter(*zip(*rings, strict=True), s=size, facecolors="none", edgecolors=color, label=label)
+            axes.scatter(
+                [time for time, _ in rings], [height for _, height in rings], s=size, facecolors="none", edgecolors=color, label=label
+            )
     axes.set_xlabel("a tile's predicted time over the least (a model's, not measured)")
     _finish(axes, [f"{_drawable(row.ranked[0].launch)}\n{_drawable(f'{row.ranked[0].target} {row.ranked[0].key}')}" for row in rows])
     return figure

@@ -132,7 +132,8 @@ def run(
     profile = device.profile(where.index or 0)
     tasks = _planned(mechanisms, sizes, dtypes, profile)
     ledger = Ledger(folder, profile, anew=not resume)
-    found, gone = [], list[str]()
+    gone = list[str]()
+    found: list[tuple[Task, list[tuner.Trial]]] = []
     with terminal.progress(len(tasks), json=as_json) as (tick, step):
         options: dict[str, Any] = {"known": ledger.known, "tried": ledger.keep, "seconds": budget, "tick": tick}
         try:
