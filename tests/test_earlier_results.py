@@ -77,8 +77,8 @@ def built(task: tune.Task, tile: tiles.Tile, registers: int) -> Built:
 def forward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tune.Task:
     """One task, whose candidates lie compiled in a folder; a compiler that says the same of them."""
     monkeypatch.setattr(tiles.Space, "of", lambda self, capability, key: CANDIDATES)
-    monkeypatch.setattr(ranking, "_compile", lambda packed: built(task, tiles.Tile.parse(packed[-1].tile), 64))
     task = tune.plan([ROW], lambda row: [SMALL], ["bfloat16"], H200)[1]
+    monkeypatch.setattr(ranking, "_compile", lambda packed: built(task, tiles.Tile.parse(packed[-1].tile), 64))
     keep(tmp_path, [built(task, tile, 64) for tile in CANDIDATES])
     entry = {"hash": task.hash, "evidence": "offline", "tiles": {str(task.key.anywhere): CANDIDATES[1]}}
     monkeypatch.setattr(tiles, "SHIPPED", tmp_path / "shipped")

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,12 @@ exit $(cat {folder}/code 2> /dev/null || echo 0)
 """
 
 
-def shell(tmp_path: Path, *steps: str, codes: Sequence[int] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+NOTHING: Mapping[str, str] = {}
+
+
+def shell(
+    tmp_path: Path, *steps: str, codes: Sequence[int] = (), environment: Mapping[str, str] = NOTHING
+) -> subprocess.CompletedProcess[str]:
     """The script with a Python that misses nothing, has a GPU, says what it was to run, and ends with one code after the other."""
     python = tmp_path / "python"
     python.write_text(PYTHON.format(folder=tmp_path))
@@ -186,7 +191,7 @@ def test_the_shell_script_runs_the_steps_given_or_all(tmp_path: Path, given: lis
 
 @pytest.mark.parametrize("given", ["", "other", "a/b"])
 def test_without_a_folder_results_go_to_out_where_the_script_was_called(tmp_path: Path, given: str) -> None:
-    assert shell(tmp_path, "tune", OUT=given).returncode == 0
+    assert shell(tmp_path, "tune", environment={"OUT": given}).returncode == 0
     assert (tmp_path / (given or "out") / "gpu.log").is_file()
 
 
@@ -209,7 +214,7 @@ def test_a_step_that_lost_the_gpu_is_started_again_and_what_is_wrong_counts_most
 
 
 def test_a_gpu_that_is_lost_at_every_start_is_left_alone_when_the_time_is_over(tmp_path: Path) -> None:
-    assert shell(tmp_path, "tune", codes=[3] * 1000, PART="1").returncode == 4
+    assert shell(tmp_path, "tune", codes=[3] * 1000, environment={"PART": "1"}).returncode == 4
 
 
 @pytest.mark.parametrize(
@@ -222,7 +227,7 @@ def test_a_gpu_that_is_lost_at_every_start_is_left_alone_when_the_time_is_over(t
 def test_the_shell_script_refuses_what_it_does_not_know_before_it_runs_anything(
     tmp_path: Path, steps: list[str], environment: dict[str, str], complaint: str
 ) -> None:
-    said = shell(tmp_path, *steps, **environment)
+    said = shell(tmp_path, *steps, environment=environment)
     assert (said.returncode, said.stdout, said.stderr) == (2, "", complaint)
     assert not (tmp_path / "out").exists()
 

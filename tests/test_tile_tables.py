@@ -96,8 +96,8 @@ def tuned_on(name: str, capability: tuple[int, int] = (9, 0), multiprocessors: i
 def test_a_device_that_nobody_has_tuned_takes_the_table_of_the_nearest_of_its_capability(folders: dict[str, Path], space: Space) -> None:
     asked = Profile("NVIDIA H100 80GB HBM3", (9, 0), multiprocessors=132)
     for place, (name, multiprocessors) in enumerate([("NVIDIA H100 NVL", 114), ("NVIDIA H200", 132), ("NVIDIA H20", 78)]):
-        found = table(space, CANDIDATES[place])
-        tiles.write(folders["user"] / f"{tiles.slug(name)}.json", found, tuned_on(name, multiprocessors=multiprocessors))
+        entry = table(space, CANDIDATES[place])
+        tiles.write(folders["user"] / f"{tiles.slug(name)}.json", entry, tuned_on(name, multiprocessors=multiprocessors))
     tiles.write(folders["user"] / "nvidia_a100.json", table(space, CANDIDATES[3]), tuned_on("NVIDIA A100", (8, 0)))
     tiles.write(folders["user"] / "sm_90.json", table(space, CANDIDATES[3]), {})
     tiles.write(folders["shipped"] / f"{tiles.slug(asked.name)}.json", table(space, CANDIDATES[3]), tuned_on(asked.name))

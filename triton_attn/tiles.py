@@ -42,6 +42,7 @@ from triton_attn.tile_keys import (
 # theirs, known by this file's name
 __all__ = [
     "COMMON_KEYS",
+    "INTERPRETED",
     "LARGEST_BUCKET",
     "LEAST_BUCKET",
     "NORM_KEYS",

@@ -73,7 +73,8 @@ def _pairs(before: Iterable[Any], after: Iterable[Any], key: Callable[[Any], tup
     """(name, before, after) of what both have; with None before where only the second has it and it is wrong."""
     known: Mapping[tuple[str, ...], Any] = {key(row): row for row in before}
     for row in after:
-        if key(row) in known or getattr(row, "fault", ""):
+        fault: str = getattr(row, "fault", "")
+        if key(row) in known or fault:
             yield " ".join(filter(None, key(row))), known.get(key(row)), row
 
 
