@@ -1,6 +1,7 @@
 """Interleaved ratios of every row against its peers, and the host's share of a tiny call.
 
-`make bench` runs them under pytest-benchmark; the assertions are the ratios that the project promises on a CPU.
+`make bench` runs them under pytest-benchmark, and keeps the timings for the report in build/bench.jsonl; the assertions are the ratios
+that the project promises on a CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton_attn
 from benchmarks.peers import beside
 from triton_attn import CATALOG, bench
 from triton_attn.mechanism import Case, Mechanism
+from triton_attn.report import earlier
 from triton_attn.testing import inputs
 
 WHERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +53,7 @@ def test_call_beside_its_peer(benchmark: Any, row: Mechanism, case: Case, peer: 
         timing = bench.time_beside(row, case, peer, direction, WHERE, dtype, seconds=8.0)
     except NotImplementedError as reason:
         pytest.skip(f"{peer}: {reason}")
+    earlier.keep(timing)
     tensors, options = inputs.draw(row, case, dtype=dtype, device=WHERE)
     tensors.pop("seed", None)
     benchmark.extra_info.update(ratio=timing.ratio, peer_milliseconds=timing.peer_milliseconds, path=timing.path)

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: correctness of every kernel and tile, tuning, peers.
 # usage: benchmarks/gpu.sh [correctness|tune|peers|all ...]   (default: all, one after the other)
-# Results are JSON with device, driver and versions, in benchmarks/results; the tuned table goes to triton_attn/tables.
-# OUT=folder puts the results elsewhere too; WHEELS=folder holds wheels of what may be missing.
-set -eu
+# Results go to the folder OUT, by default ./out: JSON with device, driver and versions, the tuned table, and gpu.log.
+# No part begins anything new after PART seconds (360). A part that was killed or had no time for everything goes on where it was
+# when the same command is given again with the same folder; remove the folder to begin anew.
+# WHEELS=folder holds wheels of what may be missing. Ends with 0 if all is right, 1 if something is wrong, 4 if something is left to do.
+set -eu -o pipefail
+case ${OUT:=out} in /*) out=$OUT ;; *) out=$PWD/$OUT ;; esac
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
+python=${PYTHON:-python3} part=${PART:-360}
 
 [ $# -gt 0 ] || set -- all
 steps=""
@@ -17,6 +20,7 @@ for step in "$@"; do
     *) echo "step is '$step'; allowed: correctness, tune, peers, all" >&2; exit 2 ;;
   esac
 done
+case $part in '' | *[!0-9]*) echo "PART is '$part'; allowed: whole seconds" >&2; exit 2 ;; esac
 
 missing() {
   "$python" - <<'CHECK'
@@ -47,10 +51,21 @@ if [ -n "$absent" ]; then
 fi
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
 
+mkdir -p "$out"
+# calls take the tuned tiles, once there are any
+export TRITON_ATTN_TILES="$out"
 code=0
 for step in $steps; do
-  echo "== $step"
-  "$python" benchmarks/on_gpu.py "$step" || code=$?
+  echo "== $step" | tee -a "$out/gpu.log"
+  begun=$SECONDS
+  while :; do
+    ended=0
+    left=$((part - SECONDS + begun))
+    "$python" benchmarks/on_gpu.py "$step" --out "$out" --seconds "$((left > 0 ? left : 0))" 2>&1 | tee -a "$out/gpu.log" || ended=$?
+    # 3: the process has lost the GPU to a wrong access, which is noted; a new one goes on
+    [ "$ended" -eq 3 ] && [ "$((SECONDS - begun))" -lt "$part" ] || break
+  done
+  [ "$ended" -eq 3 ] && ended=4
+  if [ "$ended" -ne 0 ] && [ "$code" -ne 1 ]; then code=$ended; fi
 done
-if [ -n "${OUT:-}" ]; then cp benchmarks/results/*.json triton_attn/tables/*.json "$OUT"; fi
 exit "$code"

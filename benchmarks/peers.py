@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -302,23 +302,22 @@ def _liger_norm(x: Any, residual: Any = None, weight: Any = None, bias: Any = No
     return LigerLayerNormFunction.apply(x if residual is None else x + alpha * residual, weight, bias, eps)
 
 
-def performer(where: torch.device, *, length: int = 4096, seconds: float = 2.0) -> Iterator[dict[str, Any]]:
-    """Performer attention, which is no row of its own, beside performer-pytorch: whole and causal."""
+def performer(where: torch.device, *, causal: bool, length: int = 4096, seconds: float = 2.0) -> dict[str, Any] | None:
+    """Performer attention, which is no row of its own, beside performer-pytorch; None where that is not installed."""
     if importlib.util.find_spec("performer_pytorch") is None:
-        return
+        return None
     from performer_pytorch import FastAttention
 
-    for causal in (False, True):
-        query, key, value = (torch.randn(1, 8, length, 64, device=where) for _ in range(3))
-        theirs = FastAttention(dim_heads=64, nb_features=256, causal=causal).to(where)
-        projection = orthogonal_projection(256, 64, device=where)
-        calls = (partial(performer_attention, query, key, value, projection, causal=causal), partial(theirs, query, key, value))
-        with torch.no_grad():
-            ours, peers = interleave(*calls, where, seconds=seconds)
-        ratio = statistics.median(b / a for a, b in zip(ours, peers, strict=True))
-        times = {"milliseconds": 1e3 * statistics.median(ours), "peer_milliseconds": 1e3 * statistics.median(peers), "ratio": ratio}
-        case = f"4k, 256 features{', causal' if causal else ''}" if length == 4096 else f"{length}, causal {causal}"
-        yield {"mechanism": "performer_attention", "case": case, "direction": FORWARD, "peer": "performer-pytorch", **times}
+    query, key, value = (torch.randn(1, 8, length, 64, device=where) for _ in range(3))
+    theirs = FastAttention(dim_heads=64, nb_features=256, causal=causal).to(where)
+    projection = orthogonal_projection(256, 64, device=where)
+    calls = (partial(performer_attention, query, key, value, projection, causal=causal), partial(theirs, query, key, value))
+    with torch.no_grad():
+        ours, peers = interleave(*calls, where, seconds=seconds)
+    ratio = statistics.median(b / a for a, b in zip(ours, peers, strict=True))
+    times = {"milliseconds": 1e3 * statistics.median(ours), "peer_milliseconds": 1e3 * statistics.median(peers), "ratio": ratio}
+    case = f"4k, 256 features{', causal' if causal else ''}" if length == 4096 else f"{length}, causal {causal}"
+    return {"mechanism": "performer_attention", "case": case, "direction": FORWARD, "peer": "performer-pytorch", **times}
 
 
 __all__ = ["TARGETS", "beside", "of_causal_conv1d", "of_selective_scan", "performer", "target"]

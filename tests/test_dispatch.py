@@ -93,7 +93,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tiles.Space, "of", lambda self, capability, key: tuple(Tile(64, block_n, 4, 2) for block_n in (32, 128)))
     monkeypatch.setattr(device, "USER_TABLE", "")
     yield
-    tiles._look_up.cache_clear()
+    tiles.forget()
 
 
 # which kernel, which tiles

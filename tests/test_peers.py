@@ -67,7 +67,7 @@ def test_without_their_libraries_only_torchs_and_transformers_own_peers_are_left
     assert added["selective_scan"] <= {"transformers' loop"}
     assert added["linear_attention"] == added["add_layer_norm"] == added["causal_conv1d"] == set()
     assert added["local_global_attention"] == {"FlexAttention"}
-    assert list(peers.performer(torch.device("cpu"))) == []
+    assert peers.performer(torch.device("cpu"), causal=True) is None
 
 
 def test_with_their_libraries_every_peer_has_its_row(library: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +190,12 @@ def test_performer_pytorch_is_timed_whole_and_causal(library: Callable[..., None
             return F.scaled_dot_product_attention(q, k, v)
 
     library("performer_pytorch", FastAttention=FastAttention)
-    rows = list(peers.performer(torch.device("cpu"), length=16, seconds=0.0))
-    assert [row["case"] for row in rows] == ["16, causal False", "16, causal True"]
-    assert all(row["ratio"] > 0 and row["peer_milliseconds"] > 0 for row in rows)
+    for causal in (False, True):
+        row = peers.performer(torch.device("cpu"), causal=causal, length=16, seconds=0.0)
+        assert row is not None
+        assert row["case"] == f"16, causal {causal}"
+        assert row["ratio"] > 0
+        assert row["peer_milliseconds"] > 0
 
 
 # what is aimed at
@@ -227,9 +230,10 @@ def test_each_ratio_stands_beside_its_target(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(on_gpu, "CATALOG", {"attention": row})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "time_beside", timed)
-    monkeypatch.setattr(peers, "performer", lambda where: iter(()))
-    rows: list[dict[str, Any]] = []
-    on_gpu.peers(rows.append)
+    monkeypatch.setattr(peers, "performer", lambda where, causal: None)
+    rows = [check.run() for check in on_gpu.peers()]
+    assert [row.pop("not run") for row in rows if row["mechanism"] == "performer_attention"] == ["not installed"] * 2
+    rows = [row for row in rows if row["mechanism"] != "performer_attention"]
     found = {(each["case"], each["peer"], each["direction"]): each for each in rows}
     dense = found["dense d128", "SDPA cuDNN", bench.FORWARD]
     assert (dense["target"], dense["reached"]) == (0.92, True)

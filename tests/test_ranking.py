@@ -16,7 +16,7 @@ from tests.test_tuning import CANDIDATES, CPU, H200, ROW, SMALL, FakeClock
 from triton_attn import device, offline, tiles
 from triton_attn.command_line import BadArgument
 from triton_attn.offline import Part
-from triton_attn.report import tables
+from triton_attn.report import tile_tables
 from triton_attn.tiles import Tile, Usage
 from triton_attn.tuning import command, ranking, tune
 from triton_attn.tuning.ranking import HAND, Built, Correlation
@@ -223,10 +223,10 @@ def test_a_prediction_on_a_gpu_is_made_of_the_grid_and_the_kernels_of_the_call_i
 
 def test_tables_say_dash_where_nothing_was_compiled_and_too_few_where_nothing_can_be_compared() -> None:
     row = ranking.Ranked("a/b/c", "16bit d64", "m=1", "sm_90", "64x64 w4 s3", 1, 1, None, "may not run", None, None, None, 0, "spills")
-    table = tables.ranked([row])
+    table = tile_tables.ranked([row])
     assert table.cells[0][2:7] == ("-", "-", "-", "0", "-")
     assert table.wrong == {0}
-    cells = tables.correlations([Correlation("a/b/c", "k", "sm_90", HAND, n, rho) for n, rho in ((2, None), (9, 0.5))]).cells
+    cells = tile_tables.correlations([Correlation("a/b/c", "k", "sm_90", HAND, n, rho) for n, rho in ((2, None), (9, 0.5))]).cells
     assert [cell[-1] for cell in cells] == ["too few", "+0.50"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -20,9 +21,12 @@ from markdown_it import MarkdownIt
 from triton_attn import CATALOG, bench
 from triton_attn.bench import Timing
 from triton_attn.offline import Compiled
-from triton_attn.report import Results, folder, gather, markdown, parts, plots, rows, tables, terminal
+from triton_attn.report import Results, calls, folder, gather, markdown, parts, plots, rows, tables, terminal
 from triton_attn.report.calls import Call
+from triton_attn.report.candidates import Candidates
+from triton_attn.report.earlier import Earlier
 from triton_attn.tiles import Usage
+from triton_attn.tuning.ranking import Ranked
 from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
@@ -33,6 +37,9 @@ COMPILED = Compiled(FIRST, "pointers", "forward", "sm_90", "16bit d64", "64x32 w
 TIMING = Timing(FIRST, "dense", "b=1 h=8", "float32", "cpu", "forward", "portable", 2.0, "torch SDPA", 3.0, 1.5, 7, None)
 CALL = Call(FIRST, "b=1 h=8", "float32", "cpu", "portable", "", {}, {"a kernel": ("query is on cpu",)})
 TRIAL = Trial(f"{FIRST}/pointers/forward", "16bit d64", "64x32 w4 s1", "b=1", "bfloat16", "NVIDIA H200", "3.9.0", "0", 1.5, 0.01, 0.3)
+RANKED = Ranked(
+    f"{FIRST}/pointers/forward", "16bit d64", "b=1 n=4096", "sm_90", "64x32 w4 s1", 1, 3, 1.5, "products", 90, 0, 16384, 5, fault=""
+)
 MACHINE: dict[str, Any] = {"torch": "2.13", "triton": "3.9.0", "interpreter": False, "gpus": []}
 GPU = {"name": "NVIDIA H200", "capability": [9, 0], "refusal": "", "multiprocessors": 132, "memory": 2**37}
 
@@ -106,6 +113,8 @@ def hostile_results() -> Results:
         notes=[HOSTILE],
         faults=[HOSTILE],
         trials=[poison(TRIAL)],
+        earlier=Earlier(HOSTILE, [poison(TIMING)]),
+        candidates=[Candidates((RANKED, poison(dataclasses.replace(RANKED, fault="x"))), HOSTILE, HOSTILE, HOSTILE)],
     )
 
 
@@ -123,16 +132,17 @@ def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path,
     assert re.findall(r"<(?:img|a|script)\b[^>]*>", rendered) == [
         f'<img src="{plots.CHECKS}" alt="Worst error of each check as share of its bound" />',
         f'<img src="{plots.TILES}" alt="Every right tile\'s time over the fastest one\'s" />',
+        f'<img src="{plots.CANDIDATES}" alt="Every candidate\'s predicted time over the least" />',
         f'<img src="{plots.TIMINGS}" alt="The peer\'s time over ours" />',
     ]
     main = shown.partition("<main>")[2].partition("</main>")[0]
     assert not re.search(r"<(?:img|script|iframe|a)\b|javascript:(?!b)", main)
     assert shown.count("<script>") == 1
     assert not re.search(r"^# title", text, re.MULTILINE)
-    assert text.count("</details>") == 1
+    assert text.count("</details>") == 3
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
-    for picture in (plots.CHECKS, plots.TIMINGS, plots.TILES):
+    for picture in (plots.CHECKS, plots.TIMINGS, plots.TILES, plots.CANDIDATES):
         tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring((tmp_path / picture).read_text()).iter()}
         assert not tags & {"img", "script", "image", "foreignObject"}
     terminal.show(tables.calls(given.calls))
@@ -156,6 +166,9 @@ def test_the_page_is_one_file_that_trusts_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in shown
     assert shown.count("<svg") == 2
     assert shown.count('role="img" aria-label=') == 2
+    regions = re.findall(r'role="region" aria-label="([^"]*)"', shown)
+    assert len(regions) == shown.count("<table>")
+    assert {"1. This machine", "Coverage", "Every check"} <= set(regions)
     for element in re.findall(r"<(?:img|link|iframe|object|embed)\b", shown):
         pytest.fail(f"the page asks for {element}")
     assert set(re.findall(r'(?:href|src)="([^#"][^"]*)"', shown)) == set()
@@ -169,12 +182,18 @@ def test_the_page_is_one_file_that_trusts_nothing(tmp_path: Path) -> None:
         assert base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() in shown
 
 
+def label_of(figure: Any) -> str:
+    return str(figure.axes[0].get_legend().get_texts()[0].get_text())
+
+
 def test_times_at_lengths_are_drawn_against_length_and_bars_show_the_longest(tmp_path: Path) -> None:
     timed = [dataclasses.replace(TIMING, case=f"length {n}", milliseconds=n / 100.0, ratio=n / 512) for n in (256, 1024)]
     folder.write(results(timings=timed), tmp_path)
     text = (tmp_path / folder.MARKDOWN).read_text()
     assert plots.LENGTHS in text
     assert [row.case for row in plots._longest(timed)] == ["length 1024"]
+    assert label_of(plots.lengths(timed)) == "ours"
+    assert label_of(plots.lengths([dataclasses.replace(row, limit=0.62) for row in timed])) == "ours, 62 % of the limit at 1024"
     assert bench.at_length(CATALOG[FIRST], CATALOG[FIRST].workloads["cpu"][0], 64).sizes["m"] == 64
 
 
@@ -201,6 +220,17 @@ def test_a_page_of_nothing_promises_nothing(tmp_path: Path) -> None:
     assert "All right" not in text
     assert "![" not in text
     assert not (tmp_path / plots.CHECKS).exists()
+
+
+@pytest.mark.parametrize("row", CATALOG.values(), ids=lambda row: row.name)
+def test_what_a_call_runs_does_not_depend_on_what_memory_held(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        made = torch.zeros_like(tensor, **options)
+        return made if made.dtype == torch.bool else made.fill_(-(2**31) if not made.is_floating_point() else torch.nan)
+
+    monkeypatch.setattr(torch, "empty_like", held)
+    told = calls.here(row, row.workloads["cpu"][0], torch.float32, torch.device("cpu"))
+    assert told.path in ("kernel", "portable")
 
 
 @pytest.fixture

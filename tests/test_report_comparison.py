@@ -13,6 +13,7 @@ import pytest
 from tests.test_report import COMPILED, TIMING, VERDICT, results
 from triton_attn import cli
 from triton_attn.report import comparison, folder
+from triton_attn.report.caught import Kept
 
 
 def report(tmp_path: Path, name: str, **changed: Any) -> Path:
@@ -58,7 +59,73 @@ def test_a_kernel_that_no_longer_fits_is_worse_and_one_that_is_gone_is_not_compa
     assert changes(tmp_path, compiled=[dataclasses.replace(COMPILED, fault="spills 8 bytes")]) == [
         ("no longer fits", "fits", "spills 8 bytes")
     ]
-    assert changes(tmp_path, compiled=[dataclasses.replace(COMPILED, key="16bit d128", fault="spills")]) == []
+    assert changes(tmp_path, compiled=[dataclasses.replace(COMPILED, key="16bit d128")]) == []
+
+
+def test_what_is_wrong_and_was_not_there_before_is_worse(tmp_path: Path) -> None:
+    assert changes(tmp_path, compiled=[dataclasses.replace(COMPILED, key="16bit d128", fault="spills")]) == [
+        ("no longer fits", "not run", "spills")
+    ]
+    stopped = dataclasses.replace(VERDICT, implementation="stopped", share=math.inf, fault="RuntimeError: boom")
+    assert changes(tmp_path, verdicts=[VERDICT, stopped]) == [("wronger", "not run", "RuntimeError: boom")]
+
+
+LINE = "forward_kernel:7 forgotten mask: a: b -> c"
+
+
+def kept(*faults: tuple[str, str], source: str = "0") -> dict[str, Kept]:
+    """(fault, its end) of one kernel."""
+    caught, argued, survived = (sum(end.startswith(how) for _, end in faults) for how in ("caught", "changes", "survived"))
+    told = tuple(f"{fault}: {end}" for fault, end in faults)
+    return {"attention/pointers": Kept("triton-attn teeth", "3.9.0", source, len(faults), caught, argued, survived, told)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "how"),
+    [
+        ("caught, OutOfBounds", "survived", "no longer caught"),
+        ("changes nothing: never stored", "survived", "no longer caught"),
+        ("survived", "caught, Race", "caught again"),
+        ("survived", "survived", None),
+        ("caught, OutOfBounds", "caught, Race", None),
+        ("caught, OutOfBounds", "changes nothing: never stored", None),
+    ],
+)
+@pytest.mark.parametrize("moved", [False, True], ids=["the same sources", "sources whose lines have moved"])
+def test_a_seeded_fault_that_the_cases_no_longer_catch_is_worse(
+    tmp_path: Path, before: str, after: str, how: str | None, moved: bool
+) -> None:
+    line = LINE.replace(":7", ":11") if moved else LINE
+    first = report(tmp_path, "before", kept=kept((LINE, before)))
+    second = report(tmp_path, "after", kept=kept((line, after), source="1" if moved else "0"))
+    found = comparison.changes(comparison.read(first), comparison.read(second))
+    told = LINE.replace(":7", "") if moved else LINE
+    ends = (before.partition(",")[0].partition(":")[0], after.partition(",")[0].partition(":")[0])
+    assert found == ([comparison.Change(f"attention/pointers {told}", *ends, how)] if how else [])
+    assert [change.worse for change in found] == ([how == "no longer caught"] if how else [])
+
+
+def test_a_fault_at_another_line_of_the_same_sources_is_another_and_equal_ones_are_told_apart(tmp_path: Path) -> None:
+    def found(before: dict[str, Kept], after: dict[str, Kept]) -> list[str]:
+        reports = [report(tmp_path, name, kept=each) for name, each in (("before", before), ("after", after))]
+        return [change.how for change in comparison.changes(*map(comparison.read, reports))]
+
+    other = LINE.replace(":7", ":9")
+    assert found(kept((LINE, "caught, X")), kept((other, "survived"))) == []
+    both = kept((LINE, "caught, X"), (other, "survived"))
+    assert found(both, kept((LINE, "caught, X"), (other, "survived"), source="1")) == []
+    assert found(both, kept((LINE, "survived"), (other, "survived"), source="1")) == ["no longer caught"]
+    assert found(both, {}) == []
+
+
+def test_a_report_without_faults_is_one_of_an_older_release(tmp_path: Path) -> None:
+    path = report(tmp_path, "before", kept=kept((LINE, "survived")), stale=frozenset({"attention/pointers"}))
+    record = json.loads(path.read_text())
+    assert record["caught"]["attention/pointers"]["stale"] is True
+    assert comparison.read(path).kept == kept((LINE, "survived"))
+    del record["caught"]
+    path.write_text(json.dumps(record))
+    assert comparison.read(path).kept == {}
 
 
 def test_the_command_ends_with_1_if_something_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +151,16 @@ def test_the_command_ends_with_1_if_something_is_worse(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"verify": 3}', '{"verify": [], "compile": [], "bench": [{}], "explain": []}', "[" * 100_000]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"verify": 3}',
+        '{"verify": [], "compile": [], "bench": [], "explain": [], "caught": {"a": {}}}',
+        '{"verify": [], "compile": [], "bench": [{}], "explain": []}',
+        "[" * 100_000,
+    ],
 )
 def test_what_is_no_report_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"

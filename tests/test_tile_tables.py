@@ -24,11 +24,6 @@ LAUNCH, KEY = "attention/pointers/forward", Key("16bit", 64)
 FIRST = Tile(16, 16, 4, 1)
 
 
-def forget() -> None:
-    tiles.read.cache_clear()
-    tiles._look_up.cache_clear()
-
-
 CANDIDATES = (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 8, 3), Tile(128, 128, 8, 3))
 
 
@@ -43,9 +38,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     found = {origin: tmp_path / origin for origin in ("user", "shipped")}
     monkeypatch.setattr(device, "USER_TABLE", str(found["user"]))
     monkeypatch.setattr(tiles, "SHIPPED", found["shipped"])
-    forget()
+    tiles.forget()
     yield found
-    forget()
+    tiles.forget()
 
 
 def table(space: Space, tile: Tile, *, key: Key = KEY, launch: str = LAUNCH) -> dict[str, Any]:
@@ -87,6 +82,46 @@ def test_tiles_of_one_capability_are_never_given_to_another(folders: dict[str, P
     for stem in ("sm_80", "sm_90", "nvidia_h200"):
         tiles.write(folders["user"] / f"{stem}.json", table(space, Tile(128, 128, 8, 3)), {})
     assert tiles.look_up(LAUNCH, space, KEY, A40).tile == FIRST
+
+
+GPU = {"multiprocessors": 132, "memory": 0, "refusal": ""}
+
+
+def tuned_on(name: str, capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) -> dict[str, Any]:
+    """What the tuner writes of the machine: the device of the table, after another."""
+    others = {"name": "NVIDIA T4", "capability": (7, 5), **GPU}
+    return {"gpus": [others, {**GPU, "name": name, "capability": capability, "multiprocessors": multiprocessors}]}
+
+
+def test_a_device_that_nobody_has_tuned_takes_the_table_of_the_nearest_of_its_capability(folders: dict[str, Path], space: Space) -> None:
+    asked = Profile("NVIDIA H100 80GB HBM3", (9, 0), multiprocessors=132)
+    for place, (name, multiprocessors) in enumerate([("NVIDIA H100 NVL", 114), ("NVIDIA H200", 132), ("NVIDIA H20", 78)]):
+        entry = table(space, CANDIDATES[place])
+        tiles.write(folders["user"] / f"{tiles.slug(name)}.json", entry, tuned_on(name, multiprocessors=multiprocessors))
+    tiles.write(folders["user"] / "nvidia_a100.json", table(space, CANDIDATES[3]), tuned_on("NVIDIA A100", (8, 0)))
+    tiles.write(folders["user"] / "sm_90.json", table(space, CANDIDATES[3]), {})
+    tiles.write(folders["shipped"] / f"{tiles.slug(asked.name)}.json", table(space, CANDIDATES[3]), tuned_on(asked.name))
+    found = tiles.look_up(LAUNCH, space, KEY, asked)
+    assert (found.tile, found.source) == (CANDIDATES[1], "user table nvidia_h200.json (offline)")
+    (folders["user"] / "nvidia_h200.json").write_text("{")
+    (folders["user"] / "nvidia_h200-correctness.json").write_text("{}")
+    tiles.forget()
+    assert tiles.look_up(LAUNCH, space, KEY, asked).tile == CANDIDATES[0]
+    tiles.write(folders["user"] / f"{tiles.slug(asked.name)}.json", table(space, CANDIDATES[2]), tuned_on(asked.name))
+    assert tiles.look_up(LAUNCH, space, KEY, asked).tile == CANDIDATES[2]
+
+
+def test_a_file_instead_of_a_folder_serves_whatever_device_is_here(
+    folders: dict[str, Path], space: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiles.write(folders["user"] / "nvidia_h200.json", table(space, CANDIDATES[0]), {})
+    tiles.write(tmp_path / "mine.json", table(space, CANDIDATES[1]), {})
+    monkeypatch.setattr(device, "USER_TABLE", str(tmp_path / "mine.json"))
+    for profile in (H200, A40):
+        assert tiles.look_up(LAUNCH, space, KEY, profile).source == "user table mine.json (offline)"
+    tiles.write(tmp_path / "mine.json", table(space, Tile(256, 256, 1, 5)), {})
+    with pytest.warns(UserWarning, match="none of the kernel's tiles"):
+        assert tiles.look_up(LAUNCH, space, KEY, H200).tile == FIRST
 
 
 def test_without_a_user_folder_only_our_own_tables_are_read(
@@ -176,6 +211,17 @@ DAMAGED = {
     "a list of tiles": entry_of(tiles=["64x64 w4 s2"]),
     "a tile that is a number": entry_of(tiles={"16bit d64": 64}),
     "a tile that is none": entry_of(tiles={"16bit d64": "64x48 w4 s2"}),
+    "a tile of too many warps": entry_of(tiles={"16bit d64": "64x64 w9 s2"}),
+    "a tile of no stage": entry_of(tiles={"16bit d64": "64x64 w4 s0"}),
+    "a tile in other digits": entry_of(tiles={"16bit d64": "64x64 w4 s\u0662"}),
+    "a key that is none": entry_of(tiles={"16bit d63": "64x64 w4 s2"}),
+    "a length that is no power of two": entry_of(tiles={"16bit d64 100x100": "64x64 w4 s2"}),
+    "a time without end": entry_of(milliseconds={"16bit d64": 1.0}).replace("1.0", "1e999"),
+    "a time in words": entry_of(milliseconds={"16bit d64": "nan"}),
+    "a time before the start": entry_of(milliseconds={"16bit d64": -1.0}),
+    "a list of what it was made with": text_of(made=[]),
+    "a device in words": text_of(made={"gpus": ["NVIDIA H200"]}),
+    "a device of no capability": text_of(made={"gpus": [{"name": "sm_90", "capability": None, "multiprocessors": 1}]}),
 }
 
 

@@ -66,7 +66,7 @@ def plan(**sizes: int) -> list[Task]:
 
 def run(folder: Path, clock: FakeClock, *, tasks: int = 2, **options: Any) -> list[tuple[Task, list[Trial]]]:
     ledger, found = Ledger(folder, H200), []
-    for task, trials in tuner.tune(plan()[:tasks], CPU, profile=H200, clock=clock, known=ledger.known, **options):
+    for task, trials in tuner.tune(plan()[:tasks], CPU, profile=H200, clock=clock, known=ledger.known, tried=ledger.keep, **options):
         ledger.note(task, trials)
         found.append((task, trials))
     return found
@@ -144,6 +144,26 @@ def test_half_a_line_of_a_killed_run_is_passed_over(tmp_path: Path) -> None:
     whole = read_trials(path)
     path.write_bytes(path.read_bytes()[:-20] + b"\xff\n[]\n")
     assert read_trials(path) == whole[:-1]
+    path.write_bytes(path.read_bytes()[:-20])
+    run(tmp_path, FakeClock(3.0, 1.0, 2.0))
+    assert [trial.tile for trial in read_trials(path)] == [trial.tile for trial in whole]
+
+
+def test_a_gpu_that_is_lost_ends_the_run_and_is_no_fault_of_the_tiles_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "answers", lambda where: False)
+        assert command.run([ROW], CPU, tmp_path, dtypes=("float16",), clock=lost) == 1
+        assert "illegal memory access was encountered: the GPU answers no more" in capsys.readouterr().out
+    assert [trial.tile for trial in read_trials(tmp_path / "nvidia_h200.trials.jsonl")] == [str(CANDIDATES[0])]
+    again = FakeClock(2.0, 1.0)
+    run(tmp_path, again, tasks=1)
+    assert again.asked == 2
+    assert tuner.answers(CPU)
 
 
 KILLED = """
@@ -164,7 +184,7 @@ run(Path(sys.argv[1]), Dying(3.0, 1.0, 2.0), tasks=3)
 """
 
 
-def test_a_run_killed_in_the_middle_of_a_key_goes_on_with_that_key(tmp_path: Path) -> None:
+def test_a_run_killed_in_the_middle_of_a_key_goes_on_with_the_next_tile_of_that_key(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     command_line = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), "7"]
     assert subprocess.run(command_line, env=environment, timeout=300, check=False).returncode == -signal.SIGKILL
@@ -172,7 +192,7 @@ def test_a_run_killed_in_the_middle_of_a_key_goes_on_with_that_key(tmp_path: Pat
     assert list(table) == ["attention/descriptors/forward", "attention/pointers/forward"]
     clock = FakeClock(3.0, 1.0, 2.0)
     run(tmp_path, clock, tasks=3)
-    assert clock.asked == 3 * 1
+    assert clock.asked == 2
     assert len(tiles.read(tmp_path / "nvidia_h200.json")) == 3
 
 
@@ -300,7 +320,9 @@ def found():
     return tiles.look_up("attention/pointers/forward", SPACES["forward"], tiles.Key("16bit", 64), device.Profile("x", (9, 0))).tile
 own = found()
 broadcast_tables()
-print(own, found(), sep=",")
+first = found()
+broadcast_tables(torch.distributed.new_group([0, 1], backend="gloo"), source=1)
+print(own, first, found(), sep=",")
 torch.distributed.destroy_process_group()
 """
 
@@ -310,7 +332,20 @@ def test_after_a_broadcast_all_ranks_have_the_same_tiles(tmp_path: Path) -> None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ranks = [subprocess.Popen(line, stdout=subprocess.PIPE, env=environment, text=True) for line in commands]
     said = [rank.communicate(timeout=300)[0].strip() for rank in ranks]
-    assert said == ["64x64 w4 s2,64x64 w4 s2", "128x64 w4 s2,64x64 w4 s2"]
+    assert said == ["64x64 w4 s2,64x64 w4 s2,128x64 w4 s2", "128x64 w4 s2,64x64 w4 s2,128x64 w4 s2"]
+
+
+def test_one_table_in_the_place_of_a_folder_is_refused_where_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.json").write_text("{}")
+    monkeypatch.setattr(device, "USER_TABLE", str(tmp_path / "one.json"))
+    with pytest.raises(ArgumentError, match="TRITON_ATTN_TILES is a file; allowed: a folder"), triton_attn.autotune():
+        pass
+    with pytest.raises(BadArgument, match="which is a file; allowed: a folder"):
+        command._place(None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ArgumentError, match=r"TRITON_ATTN_TILES is the file .*one\.json"):
+        triton_attn.broadcast_tables(folder=tmp_path)
 
 
 def test_a_broadcast_without_a_group_says_what_comes_first() -> None:

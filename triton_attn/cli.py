@@ -230,7 +230,7 @@ def compile_kernels(
         raise BadArgument("triton is not installed: nothing can be compiled")
     if device.interpreting():
         raise BadArgument("TRITON_INTERPRET=1 is set, which replaces the compiler; unset it")
-    from triton_attn.report import parts, rows, tables, terminal
+    from triton_attn.report import parts, rows, terminal, tile_tables
 
     log = parts.Log()
     total = None if every_tile else parts.launches(mechanisms, targets, every_key=every_key)
@@ -239,7 +239,7 @@ def compile_kernels(
         found = rows.collect(results, as_json, lambda done: step(len(done)))
     faults = [f"{row.mechanism}/{row.kernel}/{row.launch} {row.target} {row.key} {row.tile}: {row.fault}" for row in found if row.fault]
     if not as_json:
-        terminal.show(tables.kernels(found))
+        terminal.show(tile_tables.kernels(found))
         terminal.conclude(len(found), "kernels compiled", faults)
     return exit_code(log, faults)
 

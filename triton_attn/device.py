@@ -168,7 +168,7 @@ def guard(tensor: torch.Tensor) -> Iterator[None]:
 
 
 def user_tables() -> Path | None:
-    """Where the user's own tuned tables lie: TRITON_ATTN_TILES, or the user's data folder; nowhere without platformdirs."""
+    """Where the user's own tuned tables lie: TRITON_ATTN_TILES, a folder or one table; else the user's data folder, with platformdirs."""
     if USER_TABLE:
         return Path(USER_TABLE)
     try:

@@ -1,13 +1,14 @@
 """Tiles: what a kernel may be launched with, and which tile a call gets. Nothing is timed here.
 
-A call takes its tile from the first of: explicit argument, user table, table of this very device, table of its capability,
-the kernel's `first`. Tables are JSON, hold winners only, and are checked when read: a damaged one raises `TableError`, and a call
-goes on to the next table with a warning.
+A call takes its tile from the first of: explicit argument, the user's tables, the shipped ones, the kernel's `first`; among tables
+that of this very device counts before those of others of its capability, and these before the capability's own. Tables are JSON, hold
+winners only, and are checked when read: a damaged one raises `TableError`, and a call goes on to the next table with a warning.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,13 +16,45 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from triton_attn import device
+from triton_attn.tile_keys import (
+    COMMON_KEYS,
+    INTERPRETED,
+    LARGEST_BUCKET,
+    LEAST_BUCKET,
+    NORM_KEYS,
+    OPERANDS,
+    STATE_KEYS,
+    WIDEST_TF32,
+    WIDTHS,
+    Key,
+    Tile,
+    bucket,
+    every_key,
+)
+
+# theirs, known by this file's name
+__all__ = [
+    "COMMON_KEYS",
+    "INTERPRETED",
+    "LARGEST_BUCKET",
+    "LEAST_BUCKET",
+    "NORM_KEYS",
+    "OPERANDS",
+    "STATE_KEYS",
+    "WIDEST_TF32",
+    "WIDTHS",
+    "Key",
+    "Tile",
+    "bucket",
+    "every_key",
+]
 
 SCHEMA = 1
 LARGEST_TABLE = 1 << 20
@@ -30,114 +63,6 @@ SHIPPED = Path(__file__).parent / "tables"
 
 class TableError(ValueError):
     """A tile table that cannot be trusted: the message names file, entry and reason."""
-
-
-@dataclass(frozen=True, order=True)
-class Tile:
-    """`block_m` queries by `block_n` keys, or channels by steps, how the compiler schedules them, and how many
-    programs share the keys of a forward call.
-
-    Tables leave `splits` at 1: there the launcher counts from the sizes of the call.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    warp_specialize: bool = False
-    splits: int = 1
-
-    def __str__(self) -> str:
-        riders = f"{' ws' if self.warp_specialize else ''}{f' /{self.splits}' if self.splits > 1 else ''}"
-        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}{riders}"
-
-    @classmethod
-    def parse(cls, text: str) -> Tile:
-        """The inverse of str; ValueError on anything else, powers of two and ranges included."""
-        found = re.fullmatch(r"([1-9][0-9]{0,2})x([1-9][0-9]{0,2}) w([0-9]) s([0-9])( ws)?(?: /([1-9][0-9]{0,2}))?", text)
-        if found is None:
-            raise ValueError(f"tile is {text!r}; allowed: like '128x64 w4 s3'")
-        m, n, warps, stages = (int(found[i]) for i in range(1, 5))
-        if {m, n} - {2, 4, 8, 16, 32, 64, 128, 256} or warps not in (1, 2, 4, 8) or not 1 <= stages <= 5:
-            raise ValueError(f"tile is {text!r}; allowed: blocks 2 to 256 by powers of two, 1, 2, 4 or 8 warps, 1 to 5 stages")
-        if found[6] == "1":
-            raise ValueError(f"tile is {text!r}; allowed: splits from 2, or none")
-        return cls(m, n, warps, stages, bool(found[5]), int(found[6] or 1))
-
-
-INTERPRETED = Tile(16, 16, 4, 1)
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a tile depends on: how operands are held, the padded width, whether a mask, padding or dropout rides along, the buckets of
-    the call's lengths (none: of any length), and whether it is causal."""
-
-    operands: str  # "16bit", "float32" or "tf32"
-    width: int
-    plain: bool = True
-    lengths: tuple[int, ...] = ()
-    causal: bool = False  # tables without lengths serve both
-
-    def __str__(self) -> str:
-        lengths = f" {'x'.join(map(str, self.lengths))}" if self.lengths else ""
-        return f"{self.operands} d{self.width}{lengths}{' causal' if self.causal else ''}{'' if self.plain else ' masked'}"
-
-    @property
-    def anywhere(self) -> Key:
-        """The same for calls of any length, causal or not."""
-        return Key(self.operands, self.width, self.plain)
-
-    def far_from(self, other: Key) -> float:
-        """By how many octaves the lengths differ; infinite where another key's tile is no guess for this one."""
-        if self.anywhere != other.anywhere or self.causal != other.causal or len(self.lengths) != len(other.lengths):
-            return math.inf
-        octaves = [abs(math.log2(a / b)) for a, b in zip(self.lengths, other.lengths, strict=True)]
-        return sum(octaves) if max(octaves, default=math.inf) <= FARTHEST else math.inf
-
-    @classmethod
-    def parse(cls, text: str) -> Key:
-        """The inverse of str; ValueError on anything else."""
-        found = re.fullmatch(r"(\w+ d\d+)( \d+(?:x\d+)*)?( causal)?( masked)?", text, re.ASCII)
-        if found is not None:
-            base, lengths = found[1] + (found[4] or ""), tuple(map(int, found[2].split("x"))) if found[2] else ()
-            known = next((key for key in (*every_key(), *STATE_KEYS, *NORM_KEYS) if str(key) == base), None)
-            if known is not None and all(bucket(length) == length for length in lengths) and (lengths or not found[3]):
-                key = replace(known, lengths=lengths, causal=bool(found[3]))
-                if str(key) == text:
-                    return key
-        raise ValueError(f"key is {text!r}; allowed: like '16bit d64', '16bit d64 masked' or '16bit d64 4096x4096 causal'")
-
-
-FARTHEST = 2.0  # octaves: beyond, a tile tuned for another length is no better a guess than one for any
-LEAST_BUCKET, LARGEST_BUCKET = 16, 1 << 24
-
-
-def bucket(length: int) -> int:
-    """The power of two that stands for a length, so that lengths of one octave share a tile."""
-    return min(max(LEAST_BUCKET, 1 << (length - 1).bit_length() if length > 1 else 1), LARGEST_BUCKET)
-
-
-OPERANDS = ("16bit", "float32", "tf32")
-WIDTHS = (32, 64, 128, 256)  # narrower heads take the tiles of 32
-WIDEST_TF32 = 128  # of a wider one every dK and dV tile that was tried spilled, so it is computed in exact float32
-
-
-def every_key() -> Iterator[Key]:
-    """Every key that a table holds."""
-    for operands, width, plain in product(OPERANDS, WIDTHS, (True, False)):
-        if operands != "tf32" or width <= WIDEST_TF32:
-            yield Key(operands, width, plain)
-
-
-# of patterns beside dense attention tables hold these; other calls take the first tile of their space
-COMMON_KEYS = tuple(Key("16bit", width, plain) for width in (64, 128) for plain in (True, False))
-
-# of a recurrence whose state has this padded width: what rides along costs it little, so tiles are chosen with everything
-STATE_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (16, 64, 256))
-
-# of a norm whose rows have this padded width
-NORM_KEYS = tuple(Key(operands, width, False) for operands in ("16bit", "float32") for width in (256, 1024, 4096))
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,13 +164,11 @@ def chosen_tile(tile: Tiles, launch: str, spaces: Mapping[str, Space], name: str
 
 @functools.cache
 def _look_up(launch: str, space: Space, key: Key, profile: device.Profile) -> Found:
-    user = _table_folder or device.user_tables()
-    architecture = device.architecture(profile.capability)
-    folders = [(user, "user table")] if user else []
+    user = _user_tables or device.user_tables()
+    places = [(user, "user table")] if user else []
     allowed = {*space.of(profile.capability, key), space.first(key)}
-    for folder, origin in [*folders, (SHIPPED, "shipped table")]:
-        for stem in (slug(profile.name), architecture):
-            path = folder / f"{stem}.json"
+    for place, origin in [*places, (SHIPPED, "shipped table")]:
+        for path in _paths(place, profile):
             try:
                 entry = read(path).get(launch) if path.is_file() else None
             except (TableError, OSError) as error:
@@ -260,6 +183,20 @@ def _look_up(launch: str, space: Space, key: Key, profile: device.Profile) -> Fo
             told = entry["evidence"] if near in (str(key), str(key.anywhere)) else f"{entry['evidence']}, for {near}"
             return Found(entry["tiles"][near], f"{origin} {path.name} ({told})", entry["hash"] != source_hash(space.modules))
     return Found(space.first(key), "first of its tile space")
+
+
+def _paths(place: Path, profile: device.Profile) -> list[Path]:
+    """The tables that serve a device, the one that counts most first: a file is the only one."""
+    if place.is_file():
+        return [place]
+    own, general = (place / f"{stem}.json" for stem in (slug(profile.name), device.architecture(profile.capability)))
+    others = []
+    for path in {*place.glob("*.json")} - {own, general}:
+        with contextlib.suppress(TableError, OSError):  # of which device it is nobody knows
+            capability, multiprocessors = _load(path)[1]
+            if capability == profile.capability:
+                others.append((abs(multiprocessors - profile.multiprocessors), path))
+    return [own, *(path for _, path in sorted(others)), general]
 
 
 def _nearest(keys: Iterable[str], key: Key) -> str:
@@ -281,9 +218,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-@functools.cache
 def read(path: Path) -> dict[str, Any]:
     """The launches of a table, every entry checked; TableError otherwise."""
+    return _load(path)[0]
+
+
+@functools.cache
+def _load(path: Path) -> tuple[dict[str, Any], tuple[tuple[int, ...], int]]:
+    """The launches, and capability and multiprocessors of the device that they were tuned on: () and 0 where the table does not say."""
     if path.stat().st_size > LARGEST_TABLE:
         raise TableError(f"{path}: larger than {LARGEST_TABLE} bytes")
     try:
@@ -299,10 +241,20 @@ def read(path: Path) -> dict[str, Any]:
             launches[launch] = {"hash": str(entry["hash"]), "evidence": str(entry["evidence"]), "tiles": tiles}
             launches[launch] |= {"compilers": [str(name) for name in entry["compilers"]]} if "compilers" in entry else {}
             if "milliseconds" in entry:
-                launches[launch]["milliseconds"] = {str(Key.parse(key)): float(time) for key, time in entry["milliseconds"].items()}
+                launches[launch]["milliseconds"] = {str(Key.parse(key)): _time(time) for key, time in entry["milliseconds"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(f"{path}: {launch}: {error}") from error
-    return launches
+    try:
+        gpus = [gpu for gpu in table.get("made", {}).get("gpus", ()) if slug(gpu["name"]) == path.stem]
+        return launches, ((*map(int, gpus[0]["capability"]),), int(gpus[0]["multiprocessors"])) if gpus else ((), 0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TableError(f"{path}: made: {type(error).__name__}: {error}") from error
+
+
+def _time(given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
+        raise ValueError(f"milliseconds is {given!r}; allowed: a number from 0")
+    return float(given)
 
 
 def write(path: Path, launches: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any]) -> None:
@@ -315,18 +267,22 @@ def write(path: Path, launches: Mapping[str, Mapping[str, Any]], made: Mapping[s
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"schema": SCHEMA, "made": made, "launches": tidy}, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
-    read.cache_clear()
-    _look_up.cache_clear()
+    forget()
 
 
-_table_folder: Path | None = None
+_user_tables: Path | None = None
 
 
-def use_tables(folder: Path | None) -> None:
-    """Look for the user's tables there from now on, in this process; None: where they are by default."""
-    global _table_folder
-    _table_folder = folder
-    read.cache_clear()
+def use_tables(place: Path | None) -> None:
+    """Take the user's tables from this folder, or file, from now on, in this process; None: from where they are by default."""
+    global _user_tables
+    _user_tables = place
+    forget()
+
+
+def forget() -> None:
+    """Read tables anew when they are next asked for."""
+    _load.cache_clear()
     _look_up.cache_clear()
 
 

@@ -10,7 +10,9 @@ from triton_attn.bench import LENGTH, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
 from triton_attn.report.calls import Call
+from triton_attn.report.candidates import Candidates
 from triton_attn.report.caught import Kept
+from triton_attn.report.earlier import Earlier
 from triton_attn.tuning.ranking import Correlation, of_trials
 from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
@@ -33,6 +35,8 @@ class Results:
     trials: list[Trial] = field(default_factory=list)  # of this device and its user's tuner
     kept: Mapping[str, Kept] = field(default_factory=dict)  # by "mechanism/kernel"
     stale: frozenset[str] = frozenset()  # those of them whose kernel has changed
+    candidates: list[Candidates] = field(default_factory=list)  # compiled earlier
+    earlier: Earlier = field(default_factory=Earlier)  # timings at full sizes
 
     @property
     def calls(self) -> list[Call]:
@@ -51,6 +55,11 @@ class Results:
     def correlations(self) -> list[Correlation]:
         """How far predicted times of what was tuned here order tiles as measured ones do."""
         return of_trials([trial for trial in self.trials if trial.predicted is not None])
+
+    @property
+    def predicted(self) -> list[Candidates]:
+        """Those of which some tile may run."""
+        return [each for each in self.candidates if not each.ranked[0].fault]
 
     @property
     def wrong(self) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from triton_attn import device, dispatch, tiles
-from triton_attn.mechanism import Case, Mechanism
+from triton_attn.mechanism import Case, Input, Mechanism
 from triton_attn.testing import inputs
 
 
@@ -31,15 +31,20 @@ class Call:
 
 
 def here(row: Mechanism, case: Case, dtype: torch.dtype, where: torch.device) -> Call:
-    """What this machine would run. Tensors are allocated and never written or read."""
+    """What this machine would run. Tensors are allocated, and but for indices never written or read."""
     tensors, options = inputs.meta(row, case, dtype)
     given = {name: tensor for name, tensor in tensors.items() if row.inputs[name].kind != "seed"}
-    # indices are looked at before anything runs
-    make = {name: torch.zeros_like if row.inputs[name].kind == "index" else torch.empty_like for name in given}
-    real = {name: None if tensor is None else make[name](tensor, device=where) for name, tensor in given.items()}
+    real = {name: None if tensor is None else _allocated(row.inputs[name], tensor, case, where) for name, tensor in given.items()}
     told = dispatch.explain(row.call, **real, **options)
     place = device.profile(where.index or 0).name if where.type == "cuda" else where.type
     return Call(row.name, sizes(case), short(dtype), place, told.path, told.kernel, told.tiles, told.reasons)
+
+
+def _allocated(given: Input, tensor: torch.Tensor, case: Case, where: torch.device) -> torch.Tensor:
+    if given.kind == "offsets":  # these and indices are looked at before anything runs
+        spaced = torch.linspace(0, case.sizes[given.into], len(tensor), dtype=torch.float64)
+        return spaced.to(tensor.dtype).to(where)
+    return (torch.zeros_like if given.kind == "index" else torch.empty_like)(tensor, device=where)
 
 
 def on_target(row: Mechanism, case: Case, dtype: torch.dtype, target: str) -> Call:

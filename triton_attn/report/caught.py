@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def read(path: Path) -> dict[str, Kept]:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["schema"] != SCHEMA:
             raise ValueError(f"schema is {told['schema']!r}; allowed: {SCHEMA}")
-        return {str(name): _kept(entry) for name, entry in told["kernels"].items()}
+        return from_records(told["kernels"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: no kept faults: {type(error).__name__}: {error}") from error
 
@@ -70,6 +72,40 @@ def hash_of(kernel: Kernel) -> str:
     """Of a kernel's sources, as tile tables have it."""
     spaces: Mapping[str, tiles.Space] = kernel.load().spaces
     return tiles.source_hash(spaces[kernel.launches[0].name].modules)
+
+
+def to_records(kept: Mapping[str, Kept], stale: Container[str] = ()) -> dict[str, Any]:
+    """As a report.json has them; "stale" where the kernel has changed since."""
+    return {name: {**asdict(kept[name]), "stale": name in stale} for name in sorted(kept)}
+
+
+def from_records(records: Mapping[str, Any]) -> dict[str, Kept]:
+    """The inverse, but for what is stale; ValueError, TypeError, KeyError or AttributeError on anything else."""
+    return {str(name): _kept(entry) for name, entry in records.items()}
+
+
+def no_longer(before: Kept, after: Kept) -> Iterator[tuple[str, str, str]]:
+    """(fault, its end before, its end now) of what was planted both times and ended in another way: one of the two is "survived".
+
+    Where the sources are others, lines have moved: a fault is then known by its function, kind and change.
+    """
+    moved = before.hash != after.hash
+    earlier = dict(_ends(before.faults, moved))
+    for fault, end in _ends(after.faults, moved):
+        was = earlier.get(fault, end)
+        if "survived" in (was, end) and was != end:
+            yield fault[0], was, end
+
+
+def _ends(faults: Sequence[str], moved: bool) -> Iterator[tuple[tuple[str, int], str]]:
+    """((fault, how many like it stand before), its end) of lines as `_told` writes them."""
+    seen: Counter[str] = Counter()
+    for line in faults:
+        found = re.fullmatch(r"(.*?): (caught, \S*|changes nothing: .*|survived)", line, re.DOTALL)
+        if found:
+            name = re.sub(r"^(\w+):\d+ ", r"\1 ", found[1]) if moved else found[1]
+            yield (name, seen[name]), found[2].partition(",")[0].partition(":")[0]
+            seen[name] += 1
 
 
 def _kept(entry: Mapping[str, Any]) -> Kept:

@@ -22,7 +22,8 @@ def report(
     target: Targets = "sm_80,sm_90",
     device_name: Device = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two report.json: say what became slower or wronger from the first to the second.")
+        tuple[Path, Path] | None,
+        typer.Option(help="Two report.json: say what became slower or wronger, and which faults are caught no more."),
     ] = None,
     as_json: Json = False,
 ) -> int:

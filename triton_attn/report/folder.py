@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from triton_attn.report import Results, html, markdown, plots, rows
+from triton_attn.report import Results, caught, html, markdown, plots, rows
 
 PAGE, MARKDOWN, DATA = "report.html", "report.md", "report.json"
 
@@ -33,6 +34,9 @@ def _data(results: Results, made: datetime.datetime) -> dict[str, Any]:
         "machine": dict(results.machine),
         "targets": list(results.targets),
         **{name: [rows.to_record(row) for row in part] for name, part in zip(rows.PARTS, members, strict=True)},
+        "caught": caught.to_records(results.kept, results.stale),
+        "earlier": {"by": results.earlier.said, "bench": [rows.to_record(row) for row in results.earlier.timings]},
+        "candidates": [dataclasses.asdict(each) for each in results.candidates],
         "notes": results.notes,
         "wrong": results.wrong,
     }

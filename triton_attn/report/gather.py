@@ -18,8 +18,9 @@ from triton_attn import device as here
 from triton_attn.bench import Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.offline import Compiled
-from triton_attn.report import Results, caught
+from triton_attn.report import Results, candidates, caught, earlier
 from triton_attn.report.calls import Call
+from triton_attn.report.earlier import Earlier
 from triton_attn.report.rows import AnyRow, from_json
 from triton_attn.report.terminal import FAILED, PREFIX, complain
 from triton_attn.tiles import slug
@@ -67,6 +68,14 @@ def gather(
     results.explained = _part(Call, explain, None, results, tick)
     results.trials = _tried(device)
     _caught(results)
+    if not uncompiled:
+        results.candidates, changed = candidates.find(list(catalog.values()), targets, tick=tick)
+        results.faults += changed
+    try:
+        found = earlier.find()
+        results.earlier = Earlier(found.said, [row for row in found.timings if row.mechanism in catalog])
+    except (ValueError, OSError) as error:
+        results.faults.append(str(error))
     results.seconds = time.perf_counter() - start
     return results
 

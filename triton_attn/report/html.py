@@ -23,9 +23,7 @@ def page(markdown: str, pictures: Mapping[str, str]) -> str:
     # the Markdown page holds no HTML but its own <details>
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
     body = _PICTURE.sub(lambda found: _inline(found[1], found[2], pictures), body)
-    body = body.replace("<table>", '<div class="wide" tabindex="0" role="region" aria-label="table"><table>').replace(
-        "</table>", "</table></div>"
-    )
+    body = _named(body).replace("</table>", "</table></div>")
     headings = re.findall(r"<h2>(.*?)</h2>", body)
     for place, heading in enumerate(headings):
         body = body.replace(f"<h2>{heading}</h2>", f'<h2 id="part{place}">{heading}</h2>', 1)
@@ -39,6 +37,20 @@ def page(markdown: str, pictures: Mapping[str, str]) -> str:
         script_hash=_hash(script),
         style_hash=_hash(style),
     )
+
+
+def _named(body: str) -> str:
+    """Each table in a part that scrolls by itself, named after the heading or the fold above it."""
+    name = ""
+
+    def pass_by(found: re.Match[str]) -> str:
+        nonlocal name
+        if found[0] == "<table>":
+            return f'<div class="wide" tabindex="0" role="region" aria-label="{name}"><table>'
+        name = re.sub(r"<[^>]*>", "", found[0]).replace('"', "&quot;")
+        return found[0]
+
+    return re.sub(r"<(h[123]|summary)>.*?</\1>|<table>", pass_by, body, flags=re.DOTALL)
 
 
 def _inline(name: str, alt: str, pictures: Mapping[str, str]) -> str:

@@ -13,10 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 from triton_attn.mechanism import Mechanism
-from triton_attn.report import Results, plots, tables
+from triton_attn.report import Results, plots, tables, tile_tables
 from triton_attn.report.tables import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
+SHORT, LONG = 15, 45  # rows
 _STRUCTURE = re.compile(r"[|`\[\]*\\$~]")
 
 
@@ -34,6 +35,14 @@ def table(given: Table) -> Markup:
         for place, cells in enumerate(given.cells)
     ]
     return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def folded(given: Table, what: str) -> Markup:
+    """A table that folds, where it is long; open where it is not very long."""
+    if len(given.cells) <= SHORT:
+        return table(given)
+    opened = " open" if len(given.cells) <= LONG else ""
+    return Markup(f"<details{opened}><summary>{escape(what)}: {len(given.cells)} rows</summary>\n\n{table(given)}\n\n</details>")
 
 
 def mechanisms(catalog: Iterable[Mechanism]) -> str:
@@ -57,7 +66,9 @@ def page(results: Results, made: datetime.datetime) -> str:
         made=made.isoformat(" ", "minutes"),
         has_gpu=bool(results.machine.get("gpus")),
         table=table,
+        folded=folded,
         tables=tables,
+        tile_tables=tile_tables,
         plots=plots,
     )
     return re.sub(r"\n{3,}", "\n\n", text)

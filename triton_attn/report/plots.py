@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from triton_attn.bench import FORWARD, LENGTH, Timing
 from triton_attn.report import Results
+from triton_attn.report.candidates import Candidates
 from triton_attn.tuning.tune import Trial
 from triton_attn.verify import Verdict
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHECKS, TIMINGS, LENGTHS, TILES = "checks.svg", "timings.svg", "lengths.svg", "tiles.svg"
+CHECKS, TIMINGS, LENGTHS, TILES, CANDIDATES = "checks.svg", "timings.svg", "lengths.svg", "tiles.svg", "candidates.svg"
 _PEERS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _KERNEL, _PORTABLE, _WRONG, _FORWARD, _BOTH = "#0072b2", "#e69f00", "#c1272d", "#0072b2", "#56b4e9"
 _WIDTH, _LEAST, _LONGEST_NAME = 9.0, 1e-3, 40
@@ -32,6 +33,7 @@ def draw(results: Results, folder: Path) -> list[str]:
         (TIMINGS, lambda: timings(_longest(results.timings)), bool(results.timings)),
         (LENGTHS, lambda: lengths(by_length), bool(by_length)),
         (TILES, lambda: tiles(results.trials), bool(results.trials)),
+        (CANDIDATES, lambda: candidates(results.predicted), bool(results.predicted)),
     ]
     drawn = []
     for name, picture, wanted in pictures:
@@ -116,7 +118,9 @@ def lengths(rows: Sequence[Timing]) -> Figure:
         axes.set_visible(True)
         mine = [row for row in rows if row.mechanism == name]
         ours = {_length(row): row.milliseconds for row in mine}
-        axes.plot(list(ours), list(ours.values()), color=_KERNEL, marker="o", markersize=3.5, label="ours", zorder=3)
+        longest = max(mine, key=_length)
+        label = "ours" if longest.limit is None else f"ours, {100 * longest.limit:.0f} % of the limit at {_length(longest)}"
+        axes.plot(list(ours), list(ours.values()), color=_KERNEL, marker="o", markersize=3.5, label=label, zorder=3)
         for color, peer in zip(_PEERS, dict.fromkeys(row.peer for row in mine), strict=False):
             theirs = [(_length(row), row.peer_milliseconds) for row in mine if row.peer == peer]
             axes.plot(*zip(*theirs, strict=True), color=color, marker="s", markersize=3, linewidth=1, label=_drawable(peer))
@@ -151,6 +155,28 @@ def tiles(rows: Sequence[Trial]) -> Figure:
     axes.set_xlabel("a tile's time over the fastest right one's (ring: the first candidate)")
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.5)
+    return figure
+
+
+def candidates(rows: Sequence[Candidates]) -> Figure:
+    """A line per launch and key: each tile's predicted time over the least one's; what a call gets and the first of the space marked."""
+    figure, axes = _canvas(0.45 * len(rows) + 1.5)
+    marked: list[tuple[str, str, int, Callable[[Candidates], str]]] = [
+        ("what a call gets", _WRONG, 60, lambda row: row.gets),
+        ("first of the space, which fits every GPU", _PORTABLE, 120, lambda row: row.first),
+    ]
+    places = [(time, height) for height, row in enumerate(rows) for each in row.ranked if (time := row.over_the_best(each.tile))]
+    axes.scatter(
+        [time for time, _ in places], [height for _, height in places], s=16, c=_KERNEL, alpha=0.6, linewidths=0, label="a candidate"
+    )
+    for label, color, size, tile in marked:
+        rings = [(time, height) for height, row in enumerate(rows) if (time := row.over_the_best(tile(row)))]
+        if rings:
+            axes.scatter(
+                [time for time, _ in rings], [height for _, height in rings], s=size, facecolors="none", edgecolors=color, label=label
+            )
+    axes.set_xlabel("a tile's predicted time over the least (a model's, not measured)")
+    _finish(axes, [f"{_drawable(row.ranked[0].launch)}\n{_drawable(f'{row.ranked[0].target} {row.ranked[0].key}')}" for row in rows])
     return figure
 
 

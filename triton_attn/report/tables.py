@@ -16,8 +16,6 @@ from triton_attn.report.calls import Call
 from triton_attn.report.caught import Kept
 from triton_attn.report.comparison import Change
 from triton_attn.teeth import Tooth
-from triton_attn.tuning.ranking import Correlation, Ranked
-from triton_attn.tuning.tune import Trial, winner
 from triton_attn.verify import Verdict
 
 NOT_RUN = "not run"
@@ -69,25 +67,7 @@ def checks(rows: Sequence[Verdict]) -> Table:
         for row in rows
     ]
     titles = ("mechanism", "implementation", "case", "dtype", "where", "worst share>", "in", "time>")
-    return Table(titles, cells, _faulty(rows))
-
-
-def coverage(rows: Sequence[Call]) -> Table:
-    """For each mechanism and GPU how many launches of its workloads have a tile tuned for their lengths, one chosen offline, or neither."""
-    groups: dict[tuple[str, str], list[Call]] = {}
-    for row in rows:
-        if row.tiles or row.where.startswith("sm_"):
-            groups.setdefault((row.mechanism, row.where), []).append(row)
-    cells = []
-    for names, group in groups.items():
-        tiles = [tile for row in group for tile in row.tiles.values()]
-        tuned = sum("tuned on" in tile for tile in tiles)
-        offline = sum("(offline" in tile for tile in tiles)
-        stale = sum("stale" in tile for tile in tiles)
-        portable = sum(not row.kernel for row in group)
-        cells.append((*names, str(len(group)), str(portable), *map(str, (tuned, offline, len(tiles) - tuned - offline, stale))))
-    titles = ("mechanism", "GPU", "workloads>", "by no kernel>", "launches tuned>", "chosen offline>", "first of space>", "stale>")
-    return Table(titles, cells)
+    return Table(titles, cells, faulty(rows))
 
 
 def changes(rows: Sequence[Change]) -> Table:
@@ -156,91 +136,15 @@ def checks_by_implementation(rows: Sequence[Verdict], catalog: Mapping[str, Mech
     return Table(titles, cells, frozenset(wrong))
 
 
-def tuned(rows: Sequence[Trial]) -> Table:
-    """One line for each launch and key: the fastest right tile beside the first candidate, and what became of the others."""
-    groups: dict[tuple[str, str, str], list[Trial]] = {}
-    for row in rows:
-        groups.setdefault((row.launch, row.key, row.sizes), []).append(row)
-    cells, wrong = [], []
-    for place, (names, group) in enumerate(groups.items()):
-        best, first = winner(group), group[0].milliseconds
-        gain = f"{first / best.milliseconds:.2f}×" if best and best.milliseconds and first else "-"
-        time = _milliseconds(best.milliseconds) if best and best.milliseconds is not None else NOT_RUN
-        spread = percent(best.spread) if best and best.spread is not None else "-"
-        faulty = sum(1 for row in group if row.fault)
-        cells.append((*names, best.tile if best else "none is right", time, spread, gain, str(len(group)), str(faulty)))
-        if best is None:
-            wrong.append(place)
-    titles = ("launch", "key", "sizes", "fastest right tile", "time>", "spread>", "gain over the first>", "tried>", "not fit to run>")
-    return Table(titles, cells, frozenset(wrong))
-
-
-def ranked(rows: Sequence[Ranked]) -> Table:
-    """One launch's tiles by predicted time, with what each takes of a multiprocessor."""
-    cells = []
-    for row in rows:
-        time = "-" if row.milliseconds is None else _milliseconds(row.milliseconds)
-        used = tuple("-" if number is None else str(number) for number in (row.registers, row.spilled, row.shared))
-        cells.append((str(row.place), row.tile, *used, str(row.blocks), time, row.bound, str(row.listed), row.fault or "may run"))
-    titles = (
-        "place>",
-        "tile",
-        "registers>",
-        "spilled B>",
-        "shared B>",
-        "blocks>",
-        "predicted>",
-        "most time in",
-        "in hand order>",
-        "verdict",
-    )
-    return Table(titles, cells, _faulty(rows))
-
-
-def correlations(rows: Sequence[Correlation]) -> Table:
-    """How far the predicted order of each launch's tiles agrees with another."""
-    cells = [
-        (row.launch, row.target, row.key, row.beside, str(row.tiles), "too few" if row.spearman is None else f"{row.spearman:+.2f}")
-        for row in rows
-    ]
-    return Table(("launch", "target", "key", "beside", "tiles>", "rank correlation>"), cells)
-
-
-def kernels(rows: Sequence[Compiled]) -> Table:
-    """Every compiled launch."""
-    cells = []
-    for row in rows:
-        used = row.usage
-        numbers: tuple[str, ...] = ("-",) * 5
-        if used is not None:
-            numbers = tuple(map(str, (used.registers, used.spilled, used.shared, used.tensor_core, used.asynchronous)))
-        name = f"{row.mechanism}/{row.kernel}/{row.launch}"
-        cells.append((name, row.target, row.key, row.tile, *numbers, str(row.blocks), f"{row.seconds:.1f} s", row.fault or "fits"))
-    titles = (
-        "launch",
-        "target",
-        "key",
-        "tile",
-        "registers>",
-        "spilled B>",
-        "shared B>",
-        "tensor-core>",
-        "async copies>",
-        "blocks>",
-        "time>",
-    )
-    return Table((*titles, "verdict"), cells, _faulty(rows))
-
-
 def timings(rows: Sequence[Timing]) -> Table:
     """Every timing."""
     cells = []
     for row in rows:
         limit = "-" if row.limit is None else percent(row.limit)
         times = (
-            _milliseconds(row.milliseconds),
+            milliseconds(row.milliseconds),
             row.peer,
-            _milliseconds(row.peer_milliseconds),
+            milliseconds(row.peer_milliseconds),
             f"{row.ratio:.2f}",
             limit,
             str(row.rounds),
@@ -263,7 +167,7 @@ def summary(
         built = [row for row in compiled if row.mechanism == name]
         fits = sum(1 for row in built if not row.fault)
         ratios = [_ratio(timed, name, direction) for direction in (FORWARD, BOTH)]
-        cells.append((name, path, _share_of(right, len(checked)), shares, _share_of(fits, len(built)), *ratios))
+        cells.append((name, path, share_of(right, len(checked)), shares, share_of(fits, len(built)), *ratios))
         if right < len(checked) or fits < len(built):
             wrong.append(place)
     titles = (
@@ -298,7 +202,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if share >= 0.1 else 1}f} %" if math.isfinite(share) else "not finite"
 
 
-def _milliseconds(time: float) -> str:
+def milliseconds(time: float) -> str:
+    """ "1.5 ms"."""
     return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
 
 
@@ -310,9 +215,11 @@ def _ratio(timed: Sequence[Timing], name: str, direction: str) -> str:
     return f"{statistics.median(ratios):.2f}×{spread}"
 
 
-def _share_of(part: int, whole: int) -> str:
+def share_of(part: int, whole: int) -> str:
+    """ "3 of 4"; of nothing: not run."""
     return f"{part} of {whole}" if whole else NOT_RUN
 
 
-def _faulty(rows: Sequence[Verdict | Compiled | Ranked]) -> frozenset[int]:
+def faulty(rows: Sequence[Any]) -> frozenset[int]:
+    """Which rows have a fault."""
     return frozenset(place for place, row in enumerate(rows) if row.fault)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 NOWHERE = "is None; allowed: a path, or None where TRITON_ATTN_TILES is set or platformdirs installed"
+FILE = "is None and TRITON_ATTN_TILES is a file; allowed: a folder"
 _one_at_a_time = threading.Lock()
 
 
@@ -38,7 +39,7 @@ def autotune(folder: str | Path | None = None, *, clock: Clock | None = None) ->
         clock: how a launch is timed; by default with `triton.testing.do_bench`.
 
     Raises:
-        ArgumentError: there is no such folder: platformdirs is not installed and TRITON_ATTN_TILES is not set.
+        ArgumentError: there is no such folder: TRITON_ATTN_TILES names a file, or is not set and platformdirs is not installed.
         ModuleNotFoundError: tiles are judged by `triton_attn.testing`, whose packages are not installed.
     """
     # judging needs more packages than calling
@@ -48,6 +49,8 @@ def autotune(folder: str | Path | None = None, *, clock: Clock | None = None) ->
     place = Path(folder) if folder is not None else device.user_tables()
     if place is None:
         raise ArgumentError("autotune", "folder", NOWHERE)
+    if folder is None and place.is_file():
+        raise ArgumentError("autotune", "folder", FILE)
     if folder is not None:
         tiles.use_tables(place)
     ledgers: dict[int, Ledger] = {}
@@ -67,7 +70,9 @@ def autotune(folder: str | Path | None = None, *, clock: Clock | None = None) ->
 
             def all_of() -> None:
                 with device.guard(first):
-                    for task, trials in tune(new, first.device, profile=profile, clock=clock or gpu_clock, known=ledger.known):
+                    for task, trials in tune(
+                        new, first.device, profile=profile, clock=clock or gpu_clock, known=ledger.known, tried=ledger.keep
+                    ):
                         ledger.note(task, trials)
 
             with paused(), ThreadPoolExecutor(1) as aside:
@@ -131,7 +136,7 @@ def broadcast_tables(group: Any = None, *, source: int = 0, folder: str | Path |
         The folder.
 
     Raises:
-        ArgumentError: there is no process group, or no folder.
+        ArgumentError: there is no process group, or no folder: TRITON_ATTN_TILES may name a file that every rank can read instead.
     """
     from torch import distributed
 
@@ -143,6 +148,10 @@ def broadcast_tables(group: Any = None, *, source: int = 0, folder: str | Path |
     place = Path(folder) if folder is not None else own / f"rank{distributed.get_rank()}" if own else None
     if place is None:
         raise ArgumentError("broadcast_tables", "folder", NOWHERE)
+    if own is not None and own.is_file():
+        raise ArgumentError(
+            "broadcast_tables", "TRITON_ATTN_TILES", f"is the file {own}; allowed: a folder, or the same file on every rank"
+        )
     held: list[Any] = [None]
     if distributed.get_rank() == source:
         held = [{path.name: path.read_text(encoding="utf-8") for path in sorted(own.glob("*.json"))} if own and own.is_dir() else {}]

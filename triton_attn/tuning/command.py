@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -25,9 +25,11 @@ PREDICTED = "Predicted order beside others, Spearman's rank correlation"
 
 def tune(
     names: Names = None,
-    size: Annotated[list[str] | None, typer.Option(help="Size of an axis of every workload, like n=4096; may be repeated.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option("--size", "--sizes", help="Size of an axis of every workload, like n=4096; may be repeated.")
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32 or tf32; may be repeated.")] = None,
-    budget: Annotated[float, typer.Option(help="Begin no further key after so many seconds.", show_default=False)] = math.inf,
+    budget: Annotated[float, typer.Option(help="Begin no further tile after so many seconds.", show_default=False)] = math.inf,
     resume: Annotated[bool, typer.Option("--resume/--anew", help="Keep what an earlier run has tried, or begin again.")] = True,
     folder: Annotated[
         Path | None, typer.Option(help="Where table and trials go; by default where calls look for the user's tables.")
@@ -87,6 +89,8 @@ def _place(folder: Path | None) -> Path:
     place = folder or device.user_tables()
     if place is None:
         raise BadArgument("folder is not given, TRITON_ATTN_TILES is not set and platformdirs is not installed")
+    if place.is_file():
+        raise BadArgument(f"folder is {place}, which is a file; allowed: a folder")
     return place
 
 
@@ -120,7 +124,7 @@ def run(
     as_json: bool = False,
 ) -> int:
     """Tune a device's workloads; 1 if some key has no tile that is right."""
-    from triton_attn.report import tables, terminal
+    from triton_attn.report import terminal, tile_tables
     from triton_attn.tuning import ranking
     from triton_attn.tuning import tune as tuner
     from triton_attn.tuning.ledger import Ledger
@@ -128,20 +132,25 @@ def run(
     profile = device.profile(where.index or 0)
     tasks = _planned(mechanisms, sizes, dtypes, profile)
     ledger = Ledger(folder, profile, anew=not resume)
-    found = []
+    gone = list[str]()
+    found: list[tuple[Task, list[tuner.Trial]]] = []
     with terminal.progress(len(tasks), json=as_json) as (tick, step):
-        for task, trials in tuner.tune(tasks, where, profile=profile, clock=clock, known=ledger.known, seconds=budget, tick=tick):
-            ledger.note(task, trials)
-            found.append((task, trials))
-            step(len(found))
-            if as_json:
-                for trial in trials:
-                    print(json.dumps(asdict(trial)), flush=True)
-    lost = [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
+        options: dict[str, Any] = {"known": ledger.known, "tried": ledger.keep, "seconds": budget, "tick": tick}
+        try:
+            for task, trials in tuner.tune(tasks, where, profile=profile, clock=clock, **options):
+                ledger.note(task, trials)
+                found.append((task, trials))
+                step(len(found))
+                if as_json:
+                    for trial in trials:
+                        print(json.dumps(asdict(trial)), flush=True)
+        except tuner.DeviceLost as error:
+            gone.append(str(error))
+    lost = gone + [f"{task.name} {task.key}: no tile is right" for task, trials in found if tuner.winner(trials) is None]
     if not as_json:
         tried = [trial for _, trials in found for trial in trials]
-        terminal.show(tables.tuned(tried))
-        terminal.show(tables.correlations(ranking.of_trials(tried)), PREDICTED)
+        terminal.show(tile_tables.tuned(tried))
+        terminal.show(tile_tables.correlations(ranking.of_trials(tried)), PREDICTED)
         terminal.conclude(len(found), "keys tuned", lost)
         terminal.say(str(ledger.table))
     if len(found) < len(tasks):
@@ -162,7 +171,7 @@ def show_ranks(
     as_json: bool = False,
 ) -> int:
     """Every candidate of the workloads' keys by predicted time, how far this order agrees with others; 1 if no tile of a key may run."""
-    from triton_attn.report import tables, terminal
+    from triton_attn.report import terminal, tile_tables
     from triton_attn.tuning import ranking, roofline
 
     lost, count, trials = [], 0, ranking.measured_in(folder)
@@ -186,11 +195,11 @@ def show_ranks(
                 for record in records if as_json else ():
                     print(json.dumps(record), flush=True)
                 if not as_json:
-                    terminal.show(tables.ranked(ranked), f"{task.name} {target} {task.key}, {ranked[0].sizes}")
+                    terminal.show(tile_tables.ranked(ranked), f"{task.name} {target} {task.key}, {ranked[0].sizes}")
         if count - begun < len(tasks):
             terminal.complain(f"{target}: {len(tasks) - count + begun} keys had no time: the same command goes on with them")
     if not as_json:
-        terminal.show(tables.correlations(correlated), PREDICTED)
+        terminal.show(tile_tables.correlations(correlated), PREDICTED)
         terminal.conclude(count, "keys ranked by a model that no GPU has confirmed", lost)
     return int(bool(lost))
 

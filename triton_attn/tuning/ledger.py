@@ -1,6 +1,6 @@
 """What was tried on a device: every trial as a line of JSON, and the winners as the table that calls read.
 
-The trials are written one by one and the table after every key, so that a killed run loses one key at most and the next goes on.
+The trials are written one by one and the table after every key, so that a killed run loses one trial at most and the next goes on.
 """
 
 from __future__ import annotations
@@ -26,18 +26,26 @@ class Ledger:
         if anew:
             self.evidence.unlink(missing_ok=True)
         self.trials = read_trials(self.evidence)
+        if self.evidence.exists() and not self.evidence.read_bytes().endswith(b"\n"):
+            with self.evidence.open("a", encoding="utf-8") as file:  # half a line of a killed run would take the next one with it
+                file.write("\n")
 
     def known(self, task: Task) -> dict[str, Trial]:
         """By tile what an earlier run found, with this kernel, compiler and device."""
         same = (task.name, str(task.key), self.profile.name, device.triton_version(), task.hash)
         return {trial.tile: trial for trial in self.trials if same == (trial.launch, trial.key, trial.device, trial.triton, trial.hash)}
 
+    def keep(self, trial: Trial) -> None:
+        """Keep one trial."""
+        with self.evidence.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(asdict(trial), allow_nan=False)}\n")
+        self.trials.append(trial)
+
     def note(self, task: Task, trials: Sequence[Trial]) -> Trial | None:
         """Keep a task's trials and, if one may win, its tile; the winner."""
-        new = [trial for trial in trials if trial not in self.trials]
-        with self.evidence.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{json.dumps(asdict(trial), allow_nan=False)}\n" for trial in new))
-        self.trials += new
+        for trial in trials:
+            if trial not in self.trials:
+                self.keep(trial)
         best = winner(trials)
         if best is not None and best.milliseconds is not None:
             write_winner(self.table, task, best)

@@ -14,7 +14,7 @@ from triton_attn.mechanism import Case, Mechanism
 from triton_attn.offline import Part
 from triton_attn.tuning import roofline
 from triton_attn.tuning.ledger import read_trials
-from triton_attn.tuning.tune import Task, Trial
+from triton_attn.tuning.tune import Task, Trial, plan
 
 HAND = "hand order"
 
@@ -99,6 +99,25 @@ def rank(
                     file.write(f"{json.dumps(asdict(known[_name(built)]), allow_nan=False)}\n")
                     file.flush()
             yield task, ordered(task, [known[_name(built)] for built in group], target)
+
+
+def kept(rows: Sequence[Mechanism], target: str, folder: Path) -> Iterator[tuple[Task, list[Built]]]:
+    """Of the rows' workloads the tasks of which a folder has every candidate, of these sources and this compiler."""
+    known = {_name(built): built for built in read_built(folder / f"{target}.compiled.jsonl")}
+    launches, profile = {name[0] for name in known}, device.Profile(target, device.capability(target))
+    named = [row for row in rows if any(name.startswith(f"{row.name}/") for name in launches)]
+    for task in plan(named, lambda row: row.workloads["cuda"], ("bfloat16",), profile):
+        if task.name in launches:
+            task_hash = task.hash
+            wanted = [_name(_empty(task, tile, target, task_hash)) for tile in task.space.of(profile.capability, task.key)]
+            if all(name in known for name in wanted):
+                yield task, [known[name] for name in wanted]
+
+
+def differs(task: Task, built: Built) -> str:
+    """Compile a candidate again: what is not as it was, or an empty string."""
+    found = _compile(_packed(task, replace(built, parts=(), fault="")))
+    return "" if found == built else f"{built.launch} {built.target} {built.key} {built.tile}: compiled to something else than is kept"
 
 
 def ordered(task: Task, compiled: Sequence[Built], target: str) -> list[Ranked]:

@@ -77,6 +77,10 @@ class Trial:
     predicted: float | None = None  # milliseconds by `roofline`, which knows of no time
 
 
+class DeviceLost(RuntimeError):
+    """The GPU answers no more, as after an access out of bounds: whatever this process tried next would fail, right or wrong."""
+
+
 class Clock(Protocol):
     """Times calls that do the same work on different inputs."""
 
@@ -142,18 +146,38 @@ def tune(
     seconds: float = math.inf,
     judged_at: Mapping[str, int] = JUDGED_AT,
     tick: Callable[[str], None] = lambda text: None,
+    tried: Callable[[Trial], object] = lambda trial: None,
 ) -> Iterator[tuple[Task, list[Trial]]]:
-    """Each task with the trials of all of its tiles; `known` are those of an earlier run. Past `seconds` no new task begins."""
+    """Each task with the trials of all of its tiles; `known` are those of an earlier run, and `tried` is told of each new one.
+
+    Past `seconds` no new tile begins. DeviceLost if the GPU answers no more.
+    """
     start = time.perf_counter()
     for task in tasks:
-        if time.perf_counter() - start > seconds:
-            return
         earlier = known(task)
         trials = []
         for tile in task.space.of(profile.capability, task.key):
-            tick(f"{task.name} {task.key} {tile}")
-            trials.append(earlier.get(str(tile)) or try_tile(task, tile, where, profile=profile, clock=clock, judged_at=judged_at))
+            trial = earlier.get(str(tile))
+            if trial is None:
+                if time.perf_counter() - start > seconds:
+                    return
+                tick(f"{task.name} {task.key} {tile}")
+                trial = try_tile(task, tile, where, profile=profile, clock=clock, judged_at=judged_at)
+                tried(trial)
+                if trial.fault and not answers(where):
+                    raise DeviceLost(f"{task.name} {task.key} {tile}: {trial.fault}: the GPU answers no more")
+            trials.append(trial)
         yield task, trials
+
+
+def answers(where: torch.device) -> bool:
+    """Whether a device still does what it is asked to."""
+    try:
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+    except RuntimeError:
+        return False
+    return True
 
 
 def try_tile(
