@@ -169,6 +169,7 @@ ROW = Mechanism(
         _case("causal, first tokens", 1, 2, 1, 41, 16, 16, window=14, global_tokens=2, causal=True),
         _case("padded keys", 2, 2, 2, 36, 16, 16, window=12, global_tokens=2, key_padding_mask="random"),
         _case("padded keys, summaries", 2, 2, 1, 36, 16, 16, 3, window=12, key_padding_mask="random"),
+        _case("padded before the beginning", 1, 2, 1, 52, 16, 16, window=42, global_tokens=2, key_padding_mask="prefix"),
         _case("dropout", 1, 2, 1, 30, 16, 16, window=9, global_tokens=3, dropout_p=0.2),
         _case("dropout, summaries", 1, 2, 1, 30, 16, 16, 3, window=9, dropout_p=0.2, causal="top_left"),
     ),
