@@ -1,7 +1,7 @@
 """Peers that the package does not ship: `of_<row>()` gives those that run here. None is a dependency; `make bench` installs some.
 
-A peer takes the row's arguments, and raises NotImplementedError for what it lacks. Those of the scan are in mamba_peers.py. TARGETS has
-what a ratio is to reach on an H200; none of them has been measured yet.
+A peer takes the row's arguments, and raises NotImplementedError for what it lacks. Those of the scan are in mamba_peers.py, FlexAttention
+is in flex_peers.py. TARGETS has what a ratio is to reach on an H200; none of them has been measured yet.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,9 +50,11 @@ BRANCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(name: str, options: dict[str, Any], more: int = 0, dtype: torch.dtype = torch.float64) -> None:
-    """Output and gradients against the reference; `more` summaries."""
-    leaves = {part: torch.randn(2, 3, LONG, 16, dtype=dtype, requires_grad=True) for part in ("query", "key", "value")}
+def compare(name: str, options: dict[str, Any], more: int = 0, dtype: torch.dtype = torch.float64, size: float = 1.0) -> None:
+    """Output and gradients against the reference; `more` summaries, queries of a size."""
+    leaves = {part: torch.randn(2, 3, LONG, 16, dtype=dtype) for part in ("query", "key", "value")}
+    leaves["query"] *= size
+    leaves = {part: x.requires_grad_() for part, x in leaves.items()}
     if more:
         leaves |= {part: torch.randn(2, 3, more, 16, dtype=dtype, requires_grad=True) for part in ("global_key", "global_value")}
     found: list[tuple[Tensor, ...]] = []
@@ -94,16 +95,59 @@ def test_branches_join_fused_calls(options: dict[str, Any], monkeypatch: pytest.
     assert calls == ["apply"]
 
 
-REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
-    "band": lambda x: CATALOG["local_global_attention"].function(x, x, x, window=8),
-    "branches": lambda x: CATALOG["dilated_attention"].function(x, x, x, segment_lengths=(64,), dilation_rates=(2,)),
-}
+@pytest.mark.parametrize("size", [1.0, 40.0], ids=["calm", "scores that exp would not bear"])
+@pytest.mark.parametrize(
+    "options", [{"window": 40}, {"window": 64, "global_tokens": 3, "causal": True}], ids=["narrow", "causal, first tokens"]
+)
+def test_a_band_bears_scores_of_any_size(options: dict[str, Any], size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = called(monkeypatch, _banded, "_calm")
+    compare("local_global_attention", options, size=size)
+    query, key, none = torch.full((2, 4), size), torch.ones(3, 4), torch.ones(0, 4)
+    assert len(calls) == 6  # a head each
+    assert _banded._calm(query, key, none, 1.0) == (size == 1.0)
 
 
-@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
-def test_a_second_derivative_is_refused(call: Callable[[Tensor], Tensor]) -> None:
+def test_what_one_head_holds_does_not_reach_another() -> None:
+    x = torch.randn(1, 2, LONG, 8)
+    x[:, 1] = torch.nan
+    with use_backend("portable"):
+        out = CATALOG["local_global_attention"].function(x, x, x, window=40)
+    assert out[:, 0].isfinite().all()
+    assert out[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("options", [{"window": 40}, {"window": 30, "global_tokens": 5, "causal": True}], ids=["window", "first tokens"])
+def test_a_band_has_second_derivatives(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = called(monkeypatch, _banded, "banded")
+    x, key, value = (torch.randn(1, 2, LONG, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    found = []
+    for backend in ("portable", "reference"):
+        with use_backend(backend):
+            out = CATALOG["local_global_attention"].function(x, key + x, value, **options)
+        # the first tokens' own rows are torch's fused call, which differentiates once
+        loss = out[:, :, options.get("global_tokens", 0) :].square().sum()
+        first = torch.autograd.grad(loss, (x, key, value), create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(each.square().sum() for each in first), (x, key, value))))
+    assert calls == ["banded"]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_several_gradients_of_a_band_at_once() -> None:
+    leaves = [torch.randn(1, 2, LONG, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    with use_backend("portable"):
+        out = CATALOG["local_global_attention"].function(*leaves, window=50)
+    several = torch.randn(2, *out.shape, dtype=out.dtype)
+    found = torch.autograd.grad(out, leaves, several, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(several):
+        for batched, alone in zip(found, torch.autograd.grad(out, leaves, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(batched[i], alone)
+
+
+def test_a_second_derivative_of_branches_is_refused() -> None:
     x = torch.randn(1, 1, LONG, 8, requires_grad=True)
     with use_backend("portable"):
-        (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        out = CATALOG["dilated_attention"].function(x, x, x, segment_lengths=(64,), dilation_rates=(2,))
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="not implemented"):
         torch.autograd.grad(first.sum(), x)
