@@ -116,21 +116,23 @@ def test_what_one_head_holds_does_not_reach_another() -> None:
     assert out[:, 1].isnan().all()
 
 
-@pytest.mark.parametrize("options", [{"window": 40}, {"window": 30, "global_tokens": 5, "causal": True}], ids=["window", "first tokens"])
-def test_a_band_has_second_derivatives(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [0, 3], ids=["window", "summaries"])
+def test_a_band_has_second_derivatives(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
-    x, key, value = (torch.randn(1, 2, LONG, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    found = []
+    query, key, value, *summaries = leaves = [
+        torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True)
+        for length in (LONG, LONG, LONG, more, more)[: 5 if more else 3]
+    ]
+    options: dict[str, Any] = dict(zip(("global_key", "global_value"), summaries, strict=False))
+    found: list[tuple[Tensor, ...]] = []
     for backend in ("portable", "reference"):
         with use_backend(backend):
-            out = CATALOG["local_global_attention"].function(x, key + x, value, **options)
-        # the first tokens' own rows are torch's fused call, which differentiates once
-        loss = out[:, :, options.get("global_tokens", 0) :].square().sum()
-        first = torch.autograd.grad(loss, (x, key, value), create_graph=True)
-        found.append((*first, *torch.autograd.grad(sum(each.square().sum() for each in first), (x, key, value))))
+            out = CATALOG["local_global_attention"].function(query, key + query, value, window=40, **options)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        found.append((*first, *torch.autograd.grad(torch.stack([each.square().sum() for each in first]).sum(), leaves)))
     assert calls == ["banded"]
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
 
 
 def test_several_gradients_of_a_band_at_once() -> None:

@@ -170,20 +170,18 @@ def _forward(
     totals, tops = (out.new_zeros(windows.blocks, ROWS, 1) for _ in range(2))
     for part in windows.parts():
         scores = windows.scored(q, k, part, scale)
-        more = (q[part] @ more_key.mT).mul_(scale)
+        more = (q[part] @ more_key.mT).mul_(scale) if more_key.shape[0] else None
         if top is not None:
             highest = windows.hide(scores, part).amax(-1, keepdim=True)
-            if more.shape[-1]:
-                highest = torch.maximum(highest, more.amax(-1, keepdim=True))
-            highest = highest.masked_fill_(highest == -math.inf, 0.0)
+            highest = highest if more is None else torch.maximum(highest, more.amax(-1, keepdim=True))
+            tops[part] = highest.masked_fill_(highest == -math.inf, 0.0)
             scores.sub_(highest).exp_()
-            more.sub_(highest)
-            tops[part] = highest
+            more = None if more is None else more.sub_(highest)
         else:
             windows.drop(scores.exp_(), part)
         torch.sum(scores, -1, keepdim=True, out=totals[part])
         torch.bmm(scores, v[part], out=found[part])
-        if more.shape[-1]:
+        if more is not None:
             totals[part].add_(more.exp_().sum(-1, keepdim=True))
             found[part].add_(more @ more_value)
         found[part].div_(totals[part])

@@ -61,9 +61,9 @@ def local_global_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     alone = dropout_p == 0 and not return_lse
     if alone and n <= SHORT and not torch.compiler.is_compiling():
-        distance = places - places[:, None]
-        seen = (distance >= -half) & (distance <= half) | (places < tokens) | (places[:, None] < tokens)
-        seen = seen & (places <= places[:, None]) if causal else seen
+        seen = torch.ones(n, n, dtype=torch.bool, device=query.device).tril_(half).triu_(-half)
+        seen[:tokens] = seen[:, :tokens] = True
+        seen = seen.tril_() if causal else seen
         if key_padding_mask is not None:
             seen = seen & ~key_padding_mask[:, None, None]
         if global_key is not None and global_value is not None:
