@@ -1,22 +1,21 @@
 """A band of keys and a few that everybody sees, on a CPU: a head at a time, some blocks at a time, so that scores stay in the cache.
 
-Blocks of ROWS queries meet overlapping windows of the padded keys, which are views; one batched product each way.
+Blocks of queries meet overlapping windows of the padded keys, which are views; one batched product each way, and between them torch's
+softmax in place, whose passes over a row stay in the first cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 64
+ROWS, BACKWARD_ROWS = 32, 64  # fewer rows meet fewer keys in vain, more make larger products
 AT_ONCE = 2**18  # scores
-# Where no score can be larger, exp needs no maximum taken off before: neither it nor a sum of it, nor a ratio, leaves float32.
-CALM = 40.0
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -44,84 +43,89 @@ def banded(
 
 
 class _Windows:
-    """How keys or values of one head are cut into overlapping windows (blocks, width, D), and which scores of a window count."""
+    """How one head's keys are cut into overlapping windows (blocks, width, D), and what is added to the scores of a window."""
 
-    def __init__(self, n: int, behind: int, ahead: int, like: Tensor) -> None:
-        self.n, self.behind, self.span = n, behind, behind + ahead
-        self.blocks = -(-n // ROWS)
-        self.width = -(-(ROWS + self.span) // ROWS) * ROWS
-        self.padded = (self.blocks - 1) * ROWS + self.width
-        self.scores = like.new_empty(min(self.blocks, max(1, AT_ONCE // (ROWS * self.width))), ROWS, self.width)
-        row, column = torch.arange(ROWS)[:, None], torch.arange(self.width)
-        # outside of the band lie a triangle at each side
-        self.sides = (slice(ROWS), column[:ROWS] >= row), (slice(self.span, None), column[self.span :] <= row + self.span)
-        place = torch.arange(self.padded).as_strided((self.blocks, self.width), (ROWS, 1)) - behind
-        self.beyond = (place < 0) | (place >= n)
-        self.ends = self.beyond.any(1).nonzero()[:, 0].tolist()  # blocks at the ends alone look beyond the sequence
-        self.factors = [inside.to(like.dtype) for _, inside in self.sides]
-        self.added = [like.new_zeros(inside.shape).masked_fill_(~inside, -math.inf) for _, inside in self.sides]
-
-    def parts(self) -> Iterator[slice]:
-        """Blocks that are computed together."""
-        return (slice(start, min(start + len(self.scores), self.blocks)) for start in range(0, self.blocks, len(self.scores)))
+    def __init__(self, n: int, behind: int, ahead: int, more: int, like: Tensor, rows: int) -> None:
+        self.n, self.behind, self.more, self.rows = n, behind, more, rows
+        self.blocks = -(-n // rows)
+        self.width = -(-(rows + behind + ahead) // rows) * rows
+        self.padded = (self.blocks - 1) * rows + self.width
+        row, column = torch.arange(rows)[:, None], torch.arange(self.width)
+        self.outside = F.pad((column < row) | (column > row + behind + ahead), (0, more))
+        place = torch.arange(self.padded).as_strided((self.blocks, self.width), (rows, 1)) - behind
+        self.beyond = F.pad((place < 0) | (place >= n), (0, more))
+        self.band = like.new_zeros(self.outside.shape).masked_fill_(self.outside, -math.inf)
+        self.together = min(self.blocks, max(1, AT_ONCE // self.band.numel()))
+        # blocks that are computed together, and those of them at the ends, which alone look beyond the sequence
+        self.parts: list[tuple[slice, list[tuple[slice, Tensor]]]] = []
+        looking = self.beyond.any(1).tolist()
+        for start in range(0, self.blocks, self.together):
+            blocks = range(start, min(start + self.together, self.blocks))
+            runs = [list(run) for beyond, run in itertools.groupby(blocks, lambda block: looking[block]) if beyond]
+            ends = [(slice(run[0] - start, run[-1] + 1 - start), torch.stack([self.hidden(block) for block in run])) for run in runs]
+            self.parts.append((slice(blocks.start, blocks.stop), ends))
 
     def over(self, x: Tensor) -> Tensor:
         """(n, D) as (blocks, width, D), zeros beyond."""
         storage = x.new_zeros(self.padded, x.shape[-1])
         storage[self.behind : self.behind + self.n] = x
-        return storage.as_strided((self.blocks, self.width, x.shape[-1]), (ROWS * x.shape[-1], x.shape[-1], 1))
+        return storage.as_strided((self.blocks, self.width, x.shape[-1]), (self.rows * x.shape[-1], x.shape[-1], 1))
 
     def blocked(self, x: Tensor) -> Tensor:
-        """(n, D) as (blocks, ROWS, D), zeros at the end."""
-        if self.n == self.blocks * ROWS and x.is_contiguous():
-            return x.view(self.blocks, ROWS, x.shape[-1])
-        storage = x.new_zeros(self.blocks * ROWS, x.shape[-1])
+        """(n, D) as (blocks, rows, D), zeros at the end."""
+        if self.n == self.blocks * self.rows and x.is_contiguous():
+            return x.view(self.blocks, self.rows, x.shape[-1])
+        storage = x.new_zeros(self.blocks * self.rows, x.shape[-1])
         storage[: self.n] = x
-        return storage.view(self.blocks, ROWS, x.shape[-1])
+        return storage.view(self.blocks, self.rows, x.shape[-1])
 
-    def scored(self, q: Tensor, k: Tensor, part: slice, scale: float) -> Tensor:
-        """scale q k^T (blocks of the part, ROWS, width), those outside of the band too."""
-        scores = self.scores[: part.stop - part.start]
-        return torch.baddbmm(scores, q[part], k[part].mT, beta=0, alpha=scale, out=scores)
+    def weights(self, q: Tensor, k: Tensor, ends: list[tuple[slice, Tensor]], scale: float, out: Tensor) -> Tensor:
+        """Softmax of the scores of some blocks, in place."""
+        torch.baddbmm(self.band.expand(len(q), -1, -1), q, k.mT, alpha=scale, out=out)
+        for run, hidden in ends:
+            out[run].masked_fill_(hidden, -math.inf)
+        return torch.softmax(out, -1, out=out)
 
-    def hide(self, scores: Tensor, part: slice) -> Tensor:
-        """-inf outside of the band and of the sequence."""
-        for (columns, _), added in zip(self.sides, self.added, strict=True):
-            scores[..., columns].add_(added)
-        return self._end(scores, part, -math.inf)
+    def hidden(self, block: int) -> Tensor:
+        """(rows, width + more): what lies beyond the sequence. Rows that do themselves see it, or their weights were NaN."""
+        inside = torch.arange(self.rows)[:, None] < self.n - block * self.rows
+        return self.beyond[block] & inside
 
-    def drop(self, weights: Tensor, part: slice) -> Tensor:
-        """0 in place of finite numbers outside of the band and of the sequence: cheaper than exp of -inf."""
-        for (columns, _), factor in zip(self.sides, self.factors, strict=True):
-            weights[..., columns].mul_(factor)
-        return self._end(weights, part, 0.0)
 
-    def _end(self, scores: Tensor, part: slice, fill: float) -> Tensor:
-        for block in self.ends:
-            if part.start <= block < part.stop:
-                scores[block - part.start].masked_fill_(self.beyond[block], fill)
-        return scores
+class _Joined:
+    """The windows of a part beside the rows that every query sees: views where there are none, else copies in one buffer."""
+
+    def __init__(self, windows: _Windows, x: Tensor, more: Tensor) -> None:
+        self.over, self.width = windows.over(x), windows.width
+        self.buffer = x.new_empty(windows.together, windows.width + len(more), x.shape[-1]) if len(more) else None
+        if self.buffer is not None:
+            self.buffer[:, windows.width :] = more
+
+    def of(self, part: slice) -> Tensor:
+        if self.buffer is None:
+            return self.over[part]
+        joined = self.buffer[: part.stop - part.start]
+        joined[:, : self.width] = self.over[part]
+        return joined
 
 
 class _Summed:
-    """The inverse of `_Windows.over`: what overlaps is added."""
+    """The inverse of `_Joined`: what overlaps is added."""
 
-    def __init__(self, windows: _Windows, like: Tensor) -> None:
-        self.windows = windows
+    def __init__(self, windows: _Windows, like: Tensor, more: Tensor) -> None:
+        self.windows, self.more = windows, more
         self.storage = like.new_zeros(windows.padded, like.shape[-1])
 
     def add(self, found: Tensor, part: slice) -> None:
-        for first in range(0, self.windows.width, ROWS):
-            here = self.storage[part.start * ROWS + first : part.stop * ROWS + first]
-            here.view(found.shape[0], ROWS, -1).add_(found[:, first : first + ROWS])
+        rows, width = self.windows.rows, self.windows.width
+        for first in range(0, width, rows):
+            here = self.storage[part.start * rows + first : part.stop * rows + first]
+            here.view(len(found), rows, -1).add_(found[:, first : first + rows])
+        if len(self.more):
+            self.more.add_(found[:, width:].sum(0))
 
     def result(self) -> Tensor:
         return self.storage[self.windows.behind : self.windows.behind + self.windows.n]
-
-
-def _calm(query: Tensor, key: Tensor, more_key: Tensor, scale: float) -> bool:
-    longest = max(float(x.norm(dim=-1).amax()) for x in (key, more_key) if x.numel())
-    return abs(scale) * float(query.norm(dim=-1).amax()) * longest <= CALM
 
 
 class _Banded(torch.autograd.Function):
@@ -131,15 +135,12 @@ class _Banded(torch.autograd.Function):
     ) -> Tensor:
         b, h, n = query.shape[:3]
         out = torch.empty(b, h, n, value.shape[-1], dtype=query.dtype)
-        top, total = torch.zeros(2, b, h, n, dtype=query.dtype)  # weights are exp(score - top) / total
-        calm = torch.zeros(b, h, dtype=torch.bool)
-        windows = _Windows(n, behind, ahead, query)
+        windows = _Windows(n, behind, ahead, more_key.shape[2], query, ROWS)
+        scores = query.new_empty(windows.together, *windows.band.shape)
         for i in range(b):
             for j in range(h):
-                calm[i, j] = _calm(query[i, j], key[i, j], more_key[i, j], scale)
-                heads = (x[i, j] for x in (query, key, value, more_key, more_value))
-                _forward(windows, *heads, out[i, j], None if calm[i, j] else top[i, j], total[i, j], scale)
-        ctx.save_for_backward(query, key, value, more_key, more_value, out, top, total, calm)
+                _forward(windows, scores, *(x[i, j] for x in (query, key, value, more_key, more_value, out)), scale)
+        ctx.save_for_backward(query, key, value, more_key, more_value, out)
         ctx.numbers = behind, ahead, scale
         return out
 
@@ -154,42 +155,24 @@ class _Banded(torch.autograd.Function):
 
 def _forward(
     windows: _Windows,
+    scores: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     more_key: Tensor,
     more_value: Tensor,
     out: Tensor,
-    top: Tensor | None,
-    total: Tensor,
     scale: float,
 ) -> None:
-    """One head; `top` is None where scores are calm."""
-    q, k, v = windows.blocked(query), windows.over(key), windows.over(value)
-    found = windows.blocked(out) if windows.n % ROWS == 0 else out.new_empty(windows.blocks, ROWS, out.shape[-1])
-    totals, tops = (out.new_zeros(windows.blocks, ROWS, 1) for _ in range(2))
-    for part in windows.parts():
-        scores = windows.scored(q, k, part, scale)
-        more = (q[part] @ more_key.mT).mul_(scale) if more_key.shape[0] else None
-        if top is not None:
-            highest = windows.hide(scores, part).amax(-1, keepdim=True)
-            highest = highest if more is None else torch.maximum(highest, more.amax(-1, keepdim=True))
-            tops[part] = highest.masked_fill_(highest == -math.inf, 0.0)
-            scores.sub_(highest).exp_()
-            more = None if more is None else more.sub_(highest)
-        else:
-            windows.drop(scores.exp_(), part)
-        torch.sum(scores, -1, keepdim=True, out=totals[part])
-        torch.bmm(scores, v[part], out=found[part])
-        if more is not None:
-            totals[part].add_(more.exp_().sum(-1, keepdim=True))
-            found[part].add_(more @ more_value)
-        found[part].div_(totals[part])
-    if found.data_ptr() != out.data_ptr():
+    """One head."""
+    q, k, v = windows.blocked(query), _Joined(windows, key, more_key), _Joined(windows, value, more_value)
+    whole = windows.n % windows.rows == 0
+    found = windows.blocked(out) if whole else out.new_empty(windows.blocks, windows.rows, out.shape[-1])
+    for part, ends in windows.parts:
+        weights = windows.weights(q[part], k.of(part), ends, scale, scores[: part.stop - part.start])
+        torch.bmm(weights, v.of(part), out=found[part])
+    if not whole:
         out.copy_(found.flatten(0, 1)[: windows.n])
-    total.copy_(totals.flatten()[: windows.n])
-    if top is not None:
-        top.copy_(tops.flatten()[: windows.n])
 
 
 class _Gradients(torch.autograd.Function):
@@ -197,14 +180,14 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-        *inputs, out, top, total, calm, behind, ahead, scale = given
+        *inputs, out, behind, ahead, scale = given
         b, h, n = grad.shape[:3]
         results = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in inputs)
-        windows = _Windows(n, behind, ahead, grad)
+        windows = _Windows(n, behind, ahead, inputs[3].shape[2], grad, BACKWARD_ROWS)
+        scores = grad.new_empty(2, windows.together, *windows.band.shape)
         for i in range(b):
             for j in range(h):
-                heads = (x[i, j] for x in (grad, *inputs, out))
-                _backward(windows, *heads, None if calm[i, j] else top[i, j], total[i, j], scale, *(x[i, j] for x in results))
+                _backward(windows, scores, *(x[i, j] for x in (grad, *inputs, out)), scale, *(x[i, j] for x in results))
         return results
 
     @staticmethod
@@ -214,6 +197,7 @@ class _Gradients(torch.autograd.Function):
 
 def _backward(
     windows: _Windows,
+    scores: Tensor,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -221,39 +205,23 @@ def _backward(
     more_key: Tensor,
     more_value: Tensor,
     out: Tensor,
-    top: Tensor | None,
-    total: Tensor,
     scale: float,
     *results: Tensor,
 ) -> None:
-    """One head: with e = exp(score - top) and dO / total for dO, p dO is e (dO / total), and a row less to multiply."""
+    """One head."""
     dq, dk, dv, dmore_key, dmore_value = results
-    q, k, v = windows.blocked(query), windows.over(key), windows.over(value)
-    shared = grad / total[:, None]
-    do, delta = windows.blocked(shared), windows.blocked((shared * out).sum(-1, keepdim=True))
-    shift = None if top is None else windows.blocked(top[:, None])
-    keys, values = _Summed(windows, key), _Summed(windows, value)
+    q, k, v = windows.blocked(query), _Joined(windows, key, more_key), _Joined(windows, value, more_value)
+    do, delta = windows.blocked(grad), windows.blocked((grad * out).sum(-1, keepdim=True))
+    keys, values = _Summed(windows, key, dmore_key), _Summed(windows, value, dmore_value)
     found = q.new_empty(q.shape)
-    slopes = torch.empty_like(windows.scores)
-    for part in windows.parts():
-        e = windows.scored(q, k, part, scale)
-        if shift is None:
-            windows.drop(e.exp_(), part)
-        else:
-            windows.hide(e, part).sub_(shift[part]).exp_()
-        values.add(torch.bmm(e.mT, do[part]), part)
-        ds = slopes[: len(e)]
-        torch.bmm(do[part], v[part].mT, out=ds).sub_(delta[part]).mul_(e)
-        torch.bmm(ds, k[part], out=found[part])
-        keys.add(torch.bmm(ds.mT, q[part]), part)
-        if more_key.shape[0]:
-            rows, gradient = q[part].flatten(0, 1), do[part].flatten(0, 1)
-            e = (rows @ more_key.mT).mul_(scale)
-            e = e.exp_() if shift is None else e.sub_(shift[part].flatten(0, 1)).exp_()
-            dmore_value.add_(e.mT @ gradient)
-            ds = (gradient @ more_value.mT).sub_(delta[part].flatten(0, 1)).mul_(e)
-            dmore_key.add_(ds.mT @ rows)
-            found[part].add_((ds @ more_key).view(found[part].shape))
+    for part, ends in windows.parts:
+        weights, slopes = (x[: part.stop - part.start] for x in scores)
+        seen = k.of(part)
+        windows.weights(q[part], seen, ends, scale, weights)
+        values.add(torch.bmm(weights.mT, do[part]), part)
+        torch.bmm(do[part], v.of(part).mT, out=slopes).sub_(delta[part]).mul_(weights)
+        torch.bmm(slopes, seen, out=found[part])
+        keys.add(torch.bmm(slopes.mT, q[part]), part)
     dq.copy_(found.flatten(0, 1)[: windows.n]).mul_(scale)
     dk.copy_(keys.result()).mul_(scale)
     dv.copy_(values.result())
@@ -279,16 +247,12 @@ def _in_operators(
 ) -> Tensor:
     """The same in operators that torch differentiates, all heads at once: O(N window) memory."""
     n = query.shape[2]
-    windows = _Windows(n, behind, ahead, query.detach())
+    windows = _Windows(n, behind, ahead, more_key.shape[2], query.detach(), ROWS)
     after = windows.padded - behind - n
     keys, values = (F.pad(x, (0, 0, behind, after)).unfold(2, windows.width, ROWS) for x in (key, value))  # (B, H, blocks, D, width)
     rows = F.pad(query, (0, 0, 0, windows.blocks * ROWS - n)).unflatten(2, (windows.blocks, ROWS))
-    row, column = torch.arange(ROWS)[:, None], torch.arange(windows.width)
-    outside = (column < row) | (column > row + windows.span) | windows.beyond[:, None]
-    # a row after the last would see nothing, and be NaN
-    outside = outside & (torch.arange(windows.blocks * ROWS).view(windows.blocks, ROWS, 1) < n)
-    scores = (rows @ keys * scale).masked_fill(outside, -math.inf)
-    more = rows @ more_key[:, :, None].mT * scale
-    weights = torch.cat((scores, more), -1).softmax(-1)
+    hidden = windows.outside | torch.stack([windows.hidden(block) for block in range(windows.blocks)])
+    scores = torch.cat((rows @ keys, rows @ more_key[:, :, None].mT), -1) * scale
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     found = weights[..., : windows.width] @ values.mT + weights[..., windows.width :] @ more_value[:, :, None]
     return found.flatten(2, 3)[:, :, :n]
