@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_attn.portable import _near
+
 ROWS, BACKWARD_ROWS = 32, 64  # fewer rows meet fewer keys in vain, more make larger products
 AT_ONCE = 2**18  # scores
 
@@ -133,6 +135,11 @@ class _Banded(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, more_key: Tensor, more_value: Tensor, behind: int, ahead: int, scale: float
     ) -> Tensor:
+        ctx.numbers = behind, ahead, scale
+        if _near.serves(query, key, value):
+            out, lse = _near.forward(query, key, value, more_key, more_value, behind, ahead, scale)
+            ctx.save_for_backward(query, key, value, more_key, more_value, out, lse)
+            return out
         b, h, n = query.shape[:3]
         out = torch.empty(b, h, n, value.shape[-1], dtype=query.dtype)
         windows = _Windows(n, behind, ahead, more_key.shape[2], query, ROWS)
@@ -140,8 +147,7 @@ class _Banded(torch.autograd.Function):
         for i in range(b):
             for j in range(h):
                 _forward(windows, scores, *(x[i, j] for x in (query, key, value, more_key, more_value, out)), scale)
-        ctx.save_for_backward(query, key, value, more_key, more_value, out)
-        ctx.numbers = behind, ahead, scale
+        ctx.save_for_backward(query, key, value, more_key, more_value, out, None)
         return out
 
     @staticmethod
@@ -180,7 +186,9 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
-        *inputs, out, behind, ahead, scale = given
+        *inputs, out, lse, behind, ahead, scale = given
+        if lse is not None:
+            return _near.backward(grad, *given)
         b, h, n = grad.shape[:3]
         results = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in inputs)
         windows = _Windows(n, behind, ahead, inputs[3].shape[2], grad, BACKWARD_ROWS)
