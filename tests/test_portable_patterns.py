@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_attn import CATALOG, use_backend
-from triton_attn.portable import _banded, _fused, dilated_attention
+from triton_attn.portable import _banded, _fused, _near, dilated_attention
 from triton_attn.portable.local_global_attention import SHORT
 
 LONG = SHORT + 45
@@ -26,6 +26,14 @@ def called(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
 
     monkeypatch.setattr(owner, name, noting)
     return calls
+
+
+@pytest.fixture(params=["fused", "windows"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short bands go by the fused call; longer ones, for which this makes all of them pass, by windows."""
+    assert LONG <= _near.LONGEST
+    if request.param == "windows":
+        monkeypatch.setattr(_near, "LONGEST", 0)
 
 
 BAND: dict[str, dict[str, Any]] = {
@@ -69,12 +77,14 @@ def compare(name: str, options: dict[str, Any], more: int = 0, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("options", BAND.values(), ids=BAND.keys())
+@pytest.mark.usefixtures("way")
 def test_a_long_band_goes_by_blocks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
     compare("local_global_attention", options)
     assert calls == ["banded"]
 
 
+@pytest.mark.usefixtures("way")
 def test_summaries_ride_along_with_a_band(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
     compare("local_global_attention", {"window": 40}, more=6)
@@ -95,16 +105,29 @@ def test_branches_join_fused_calls(options: dict[str, Any], monkeypatch: pytest.
     assert calls == ["apply"]
 
 
+@pytest.mark.parametrize(
+    ("n", "window", "goes"), [(200, 30, "fused"), (100, 10, ""), (256, 256, ""), (300, 300, "fused"), (600, 30, "windows")]
+)
+def test_a_band_goes_the_way_that_pays(n: int, window: int, goes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, windows = called(monkeypatch, _near, "forward"), called(monkeypatch, _banded, "_forward")
+    x = torch.randn(1, 1, n, 4)
+    with use_backend("portable"):
+        CATALOG["local_global_attention"].function(x, x, x, window=window)
+    assert (fused, windows) == (["forward"] * (goes == "fused"), ["_forward"] * (goes == "windows"))
+
+
 @pytest.mark.parametrize("size", [1.0, 40.0], ids=["usual", "too large for exp"])
 @pytest.mark.parametrize(
     "options", [{"window": 40}, {"window": 64, "global_tokens": 3, "causal": True}], ids=["narrow", "causal, first tokens"]
 )
+@pytest.mark.usefixtures("way")
 def test_a_band_bears_scores_of_any_size(options: dict[str, Any], size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
     compare("local_global_attention", options, size=size)
     assert calls == ["banded"]
 
 
+@pytest.mark.usefixtures("way")
 def test_what_one_head_holds_does_not_reach_another() -> None:
     x = torch.randn(1, 2, LONG, 8)
     x[:, 1] = torch.nan
@@ -115,6 +138,7 @@ def test_what_one_head_holds_does_not_reach_another() -> None:
 
 
 @pytest.mark.parametrize("more", [0, 3], ids=["window", "summaries"])
+@pytest.mark.usefixtures("way")
 def test_a_band_has_second_derivatives(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
     query, key, value, *summaries = leaves = [
@@ -133,6 +157,7 @@ def test_a_band_has_second_derivatives(more: int, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.usefixtures("way")
 def test_several_gradients_of_a_band_at_once() -> None:
     leaves = [torch.randn(1, 2, LONG, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     with use_backend("portable"):
