@@ -106,7 +106,7 @@ def test_branches_join_fused_calls(options: dict[str, Any], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("n", "window", "goes"), [(200, 30, "fused"), (100, 10, ""), (256, 256, ""), (300, 300, "fused"), (600, 30, "windows")]
+    ("n", "window", "goes"), [(200, 30, "fused"), (100, 10, ""), (256, 256, ""), (300, 300, "fused"), (1100, 30, "windows")]
 )
 def test_a_band_goes_the_way_that_pays(n: int, window: int, goes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, windows = called(monkeypatch, _near, "forward"), called(monkeypatch, _banded, "_forward")

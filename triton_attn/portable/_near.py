@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_attn.portable import _fused
 
 ROWS = 64
-LONGEST = 512
+LONGEST = 1024
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
