@@ -1,7 +1,7 @@
 """Peers that the package does not ship: `of_<row>()` gives those that run here. None is a dependency; `make bench` installs some.
 
-A peer takes the row's arguments, and raises NotImplementedError for what it lacks. Those of the scan are in mamba_peers.py. TARGETS has
-what a ratio is to reach on an H200; none of them has been measured yet.
+A peer takes the row's arguments, and raises NotImplementedError for what it lacks. Those of the scan are in mamba_peers.py, FlexAttention
+is in flex_peers.py. TARGETS has what a ratio is to reach on an H200; none of them has been measured yet.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.flex_peers import dense, flex, flex_subset, local_global, strided
 from benchmarks.mamba_peers import of_causal_conv1d, of_selective_scan
 from triton_attn import orthogonal_projection, performer_attention
 from triton_attn.bench import BOTH, FORWARD, interleave
@@ -71,7 +72,7 @@ def of_attention() -> dict[str, Call]:
         "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
         "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        "FlexAttention": _flex(_dense),
+        "FlexAttention": flex(dense),
     }
     if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         peers["FA4"] = _fa4
@@ -81,14 +82,18 @@ def of_attention() -> dict[str, Call]:
 
 
 def of_strided_attention() -> dict[str, Call]:
-    return {"FlexAttention": _flex(_strided)}
+    return {"FlexAttention": flex(strided)}
 
 
 def of_local_global_attention() -> dict[str, Call]:
-    peers: dict[str, Call] = {"FlexAttention": _flex(_local_global)}
+    peers: dict[str, Call] = {"FlexAttention": flex(local_global)}
     if importlib.util.find_spec("local_attention"):
         peers["local-attention"] = _local_attention()
     return peers
+
+
+def of_subset_attention() -> dict[str, Call]:
+    return {"FlexAttention": flex_subset()}
 
 
 def of_linear_attention() -> dict[str, Call]:
@@ -163,57 +168,6 @@ def _sdpa(backend: SDPBackend) -> Call:
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, bool(causal), enable_gqa=grouped)
 
     return call
-
-
-def _dense() -> Call | None:
-    return None
-
-
-def _strided(stride: int, phase: int = 0, include_self: bool = False) -> Call:
-    return lambda b, h, i, j: (j % stride == phase) | (include_self & (i == j))
-
-
-def _local_global(window: int, global_tokens: int = 0) -> Call:
-    return lambda b, h, i, j: ((i - j).abs() <= window // 2) | (i < global_tokens) | (j < global_tokens)
-
-
-def _flex(rule: Callable[..., Call | None]) -> Call:
-    """FlexAttention with the block mask of `rule(**options)`: (b, h, i, j) -> whether query i sees key j, None where it always does."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs")
-    masks: dict[Any, Any] = {}
-
-    def call(
-        query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None, causal: Any = False, **options: Any
-    ) -> Any:
-        options = {name: option for name, option in options.items() if option is not None and not (name == "dropout_p" and not option)}
-        if options.keys() & {"mask", "dropout_p", "global_key", "global_value"}:
-            raise NotImplementedError("no dropout, no dense mask, no keys from elsewhere")
-        if query.device.type == "cpu" and query.requires_grad:
-            raise NotImplementedError("FlexAttention has no backward on a CPU")
-        name = (query.shape, key.shape, causal, key_padding_mask is None, tuple(options.items()))
-        if name not in masks:
-            rules = [rule(**options), (lambda b, h, i, j: i >= j) if causal else None]
-            if key_padding_mask is not None:
-                visible = ~key_padding_mask
-                rules.append(lambda b, h, i, j: visible[b, j])
-            asked = [each for each in rules if each is not None]
-            batch = query.shape[0] if key_padding_mask is not None else None
-            masks[name] = asked and create_block_mask(_all_of(asked), batch, None, query.shape[2], key.shape[2], device=query.device)
-        try:
-            return compiled(query, key, value, block_mask=masks[name] or None, enable_gqa=query.shape[1] != key.shape[1])
-        except torch._inductor.exc.InductorError as error:
-            raise NotImplementedError("this rule does not compile here") from error
-
-    return call
-
-
-def _all_of(rules: list[Call]) -> Call:
-    from torch.nn.attention.flex_attention import and_masks
-
-    together: Call = and_masks(*rules)
-    return together
 
 
 def _local_attention() -> Call:

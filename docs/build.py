@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from triton_attn import CATALOG
+from triton_attn import CATALOG, sparse_attention, use_backend
 from triton_attn.bench import LENGTH, Timing
 from triton_attn.mechanism import Mechanism
 from triton_attn.report.markdown import mechanisms, table
@@ -27,6 +30,14 @@ MEASURE = "triton-attn bench --device cpu --json > benchmarks/results/cpu.jsonl"
 COLUMNS = ("mechanism", "case", "direction", "time", "peer", "its time", "ratio", "rounds", "sizes")  # the ratio within a window's width
 HOW = "float32, by the portable path. Both calls take turns; a ratio above 1 says that ours is faster"
 SHOWN = 4  # cases in a picture
+RULED = 40  # tokens in the picture of sparse attention's rules
+RULES: dict[str, dict[str, Any]] = {
+    "uniform, keep 1/8": {"keep_ratio": 0.125},
+    "topk, keep 1/8": {"keep_ratio": 0.125, "selection": "topk"},
+    "window, keep 1/8": {"keep_ratio": 0.125, "selection": "window"},
+    "fixed": {"selection": "fixed"},
+    "strided, causal": {"selection": "strided", "causal": True},
+}
 CHOICE, PAYS = "<!-- docs/build.py -->\n", "<!-- docs/build.py: lengths -->\n"
 DENSE = ("torch SDPA over all keys", "torch SDPA")
 API = {
@@ -109,15 +120,28 @@ def numbers(rows: Sequence[Timing]) -> str:
     return f"# Numbers\n\nWhat `{MEASURE}` printed on two cores, {HOW}; [speed](speed.md) says more.\n\n{table(narrow)}\n"
 
 
-def picture(row: Mechanism) -> Figure:
-    """Which keys (across) each query (down) sees, in the row's first cases, as its reference has it."""
-    cases = row.cases[:SHOWN]
-    figure = Figure(figsize=(2.6 * len(cases), 2.9), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        axes.imshow(patterns.seen(row, case)[0, 0], cmap="Blues", vmin=-0.3, vmax=1.3, interpolation="nearest")
-        axes.set(title=case.name, xlabel="key", ylabel="query")
+def picture(masks: Mapping[str, Tensor]) -> Figure:
+    """Which keys (across) each query (down) sees: masks (M, N) by their titles."""
+    figure = Figure(figsize=(2.6 * len(masks), 2.9), layout="constrained")
+    for axes, (title, mask) in zip(figure.subplots(1, len(masks), squeeze=False)[0], masks.items(), strict=True):
+        axes.imshow(mask, cmap="Blues", vmin=-0.3, vmax=1.3, interpolation="nearest")
+        axes.set(title=title, xlabel="key", ylabel="query")
         axes.title.set_fontsize(9)
     return figure
+
+
+def of_row(row: Mechanism) -> dict[str, Tensor]:
+    """The masks of a row's first cases, as its reference has them."""
+    return {case.name: patterns.seen(row, case)[0, 0] for case in row.cases[:SHOWN]}
+
+
+def of_rules() -> dict[str, Tensor]:
+    """The masks of sparse attention's rules, off the reference: equal scores, and values that are the identity."""
+    shape = 1, 1, RULED, RULED
+    same, every = torch.zeros(shape), torch.eye(RULED).expand(shape)
+    torch.manual_seed(0)
+    with use_backend("reference"):
+        return {name: sparse_attention(same, torch.randn(shape), every, **options)[0, 0] > 0 for name, options in RULES.items()}
 
 
 if __name__ == "__main__":
@@ -128,6 +152,6 @@ if __name__ == "__main__":
     for name, page in API.items():
         (DOCS / "api" / f"{name}.md").write_text(api(*page))
     matplotlib.use("agg")
-    for row in CATALOG.values():
-        if "lse" in row.outputs:
-            picture(row).savefig(DOCS / "images" / f"{row.name}.png", dpi=110, metadata={"Software": None})
+    drawn = {row.name: of_row(row) for row in CATALOG.values() if "lse" in row.outputs} | {"sparse_attention": of_rules()}
+    for name, masks in drawn.items():
+        picture(masks).savefig(DOCS / "images" / f"{name}.png", dpi=110, metadata={"Software": None})

@@ -1,7 +1,7 @@
 """Which way does the camera pan? Blocks of each mechanism learn it from patches of two photographs, beside dense attention.
 
     pip install 'triton-attn[examples]'     # scikit-learn, whose package has the photographs: nothing is fetched afterwards
-    python examples/hierarchical_video.py [--steps 400] [--mechanisms dense,streamed] [--memory]
+    python examples/hierarchical_video.py [--steps 800] [--mechanisms dense,streamed] [--memory]
 
 A clip is three frames of 32 x 32 pixels that pan over a photograph by one patch of 8 x 8 a frame: left, right, up or down. Training
 clips come from the left 60 % of the photographs, test clips from the rest. "dense", "strided" and "local_global" see a clip as one
@@ -73,10 +73,15 @@ class Clips:
 class Panning(nn.Module):
     """Patches to the way that the camera pans, read off the last frame."""
 
+    places: Tensor
+
     def __init__(self, stack: Sequence[tuple[str, dict[str, Any]]]) -> None:
         super().__init__()
         self.embed = nn.Linear(3 * PATCH**2, DIM)
-        self.place = nn.Parameter(torch.randn(PLACES, DIM) / 2)
+        # the rows and columns themselves: how far apart two patches lie is then linear in what attention adds to a token
+        side = torch.linspace(-1.0, 1.0, SIDE // PATCH)
+        self.register_buffer("places", torch.cartesian_prod(side, side))
+        self.place = nn.Linear(2, DIM, bias=False)
         self.time = nn.Parameter(torch.randn(FRAMES, 1, DIM) / 2)
         self.norm = nn.LayerNorm(DIM)
         self.blocks = nn.ModuleList(HierarchicalAttentionBlock(DIM, HEADS, kind, dropout=0.0, **options) for kind, options in stack)
@@ -88,7 +93,7 @@ class Panning(nn.Module):
                 attention.k_proj.weight.copy_(attention.q_proj.weight.mul_(2.0))
 
     def forward(self, patches: Tensor) -> Tensor:
-        x = self.norm(self.embed(patches) + self.place + self.time)
+        x = self.norm(self.embed(patches) + self.place(self.places) + self.time)
         if not self.streamed:
             x = x.flatten(1, 2)
             for block in self.blocks:
@@ -152,7 +157,7 @@ def kept(kind: str, n: int) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default 400)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps (default 800)")
     parser.add_argument("--batch", type=int, default=32, help="clips in a step (default 32)")
     parser.add_argument("--test", type=int, default=1000, help="clips to test on (default 1000)")
     parser.add_argument("--mechanisms", default=",".join(STACKS), help=f"some of {','.join(STACKS)}")

@@ -52,6 +52,16 @@ def test_the_video_example_learns_and_says_how_well(capsys: pytest.CaptureFixtur
     assert rows == list(video.STACKS)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sklearn")
+@pytest.mark.parametrize("stack", ["dense", "strided", "local_global", "streamed"])
+def test_the_video_example_learns_well_above_chance(stack: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert example("hierarchical_video").main(["--steps", "800", "--test", "400", "--mechanisms", stack]) == 0
+    (right,) = re.findall(rf"^\| {stack} \| ([\d.]+) % ", capsys.readouterr().out, re.MULTILINE)
+    assert float(right) > 70  # chance is 25
+
+
 def test_the_clips_pan_by_one_patch_a_frame_the_way_they_say() -> None:
     pytest.importorskip("sklearn")
     video = example("hierarchical_video")

@@ -66,7 +66,7 @@ def test_without_their_libraries_only_torchs_and_transformers_own_peers_are_left
     assert added["attention"] == ({"SDPA cuDNN", "SDPA flash", "SDPA efficient", "FlexAttention"} if gpu else set())
     assert added["selective_scan"] <= {"transformers' loop"}
     assert added["linear_attention"] == added["add_layer_norm"] == added["causal_conv1d"] == set()
-    assert added["local_global_attention"] == {"FlexAttention"}
+    assert all(added[name] == {"FlexAttention"} for name in ("strided_attention", "local_global_attention", "subset_attention"))
     assert peers.performer(torch.device("cpu"), causal=True) is None
 
 

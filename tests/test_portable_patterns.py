@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_attn import CATALOG, use_backend
-from triton_attn.portable import _banded, _fused, dilated_attention
+from triton_attn.portable import _banded, _fused, _near, dilated_attention
 from triton_attn.portable.local_global_attention import SHORT
 
 LONG = SHORT + 45
@@ -27,6 +26,14 @@ def called(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
 
     monkeypatch.setattr(owner, name, noting)
     return calls
+
+
+@pytest.fixture(params=["fused", "windows"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short bands go by the fused call; longer ones, for which this makes all of them pass, by windows."""
+    assert LONG <= _near.LONGEST
+    if request.param == "windows":
+        monkeypatch.setattr(_near, "LONGEST", 0)
 
 
 BAND: dict[str, dict[str, Any]] = {
@@ -51,9 +58,11 @@ BRANCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(name: str, options: dict[str, Any], more: int = 0, dtype: torch.dtype = torch.float64) -> None:
-    """Output and gradients against the reference; `more` summaries."""
-    leaves = {part: torch.randn(2, 3, LONG, 16, dtype=dtype, requires_grad=True) for part in ("query", "key", "value")}
+def compare(name: str, options: dict[str, Any], more: int = 0, dtype: torch.dtype = torch.float64, size: float = 1.0) -> None:
+    """Output and gradients against the reference; `more` summaries, queries of a size."""
+    leaves = {part: torch.randn(2, 3, LONG, 16, dtype=dtype) for part in ("query", "key", "value")}
+    leaves["query"] *= size
+    leaves = {part: x.requires_grad_() for part, x in leaves.items()}
     if more:
         leaves |= {part: torch.randn(2, 3, more, 16, dtype=dtype, requires_grad=True) for part in ("global_key", "global_value")}
     found: list[tuple[Tensor, ...]] = []
@@ -68,12 +77,14 @@ def compare(name: str, options: dict[str, Any], more: int = 0, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("options", BAND.values(), ids=BAND.keys())
+@pytest.mark.usefixtures("way")
 def test_a_long_band_goes_by_blocks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
     compare("local_global_attention", options)
     assert calls == ["banded"]
 
 
+@pytest.mark.usefixtures("way")
 def test_summaries_ride_along_with_a_band(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = called(monkeypatch, _banded, "banded")
     compare("local_global_attention", {"window": 40}, more=6)
@@ -122,16 +133,74 @@ def test_phases_share_calls_that_meet_each_selected_token_once(
     assert len(pieces) == calls
 
 
-REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
-    "band": lambda x: CATALOG["local_global_attention"].function(x, x, x, window=8),
-    "branches": lambda x: CATALOG["dilated_attention"].function(x, x, x, segment_lengths=(64,), dilation_rates=(2,)),
-}
+@pytest.mark.parametrize(
+    ("n", "window", "goes"), [(200, 30, "fused"), (100, 10, ""), (256, 256, ""), (300, 300, "fused"), (1100, 30, "windows")]
+)
+def test_a_band_goes_the_way_that_pays(n: int, window: int, goes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, windows = called(monkeypatch, _near, "forward"), called(monkeypatch, _banded, "_forward")
+    x = torch.randn(1, 1, n, 4)
+    with use_backend("portable"):
+        CATALOG["local_global_attention"].function(x, x, x, window=window)
+    assert (fused, windows) == (["forward"] * (goes == "fused"), ["_forward"] * (goes == "windows"))
 
 
-@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
-def test_a_second_derivative_is_refused(call: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("size", [1.0, 40.0], ids=["usual", "too large for exp"])
+@pytest.mark.parametrize(
+    "options", [{"window": 40}, {"window": 64, "global_tokens": 3, "causal": True}], ids=["narrow", "causal, first tokens"]
+)
+@pytest.mark.usefixtures("way")
+def test_a_band_bears_scores_of_any_size(options: dict[str, Any], size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = called(monkeypatch, _banded, "banded")
+    compare("local_global_attention", options, size=size)
+    assert calls == ["banded"]
+
+
+@pytest.mark.usefixtures("way")
+def test_what_one_head_holds_does_not_reach_another() -> None:
+    x = torch.randn(1, 2, LONG, 8)
+    x[:, 1] = torch.nan
+    with use_backend("portable"):
+        out = CATALOG["local_global_attention"].function(x, x, x, window=40)
+    assert out[:, 0].isfinite().all()
+    assert out[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("more", [0, 3], ids=["window", "summaries"])
+@pytest.mark.usefixtures("way")
+def test_a_band_has_second_derivatives(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = called(monkeypatch, _banded, "banded")
+    query, key, value, *summaries = leaves = [
+        torch.randn(1, 2, length, 4, dtype=torch.float64, requires_grad=True)
+        for length in (LONG, LONG, LONG, more, more)[: 5 if more else 3]
+    ]
+    options: dict[str, Any] = dict(zip(("global_key", "global_value"), summaries, strict=False))
+    found: list[tuple[Tensor, ...]] = []
+    for backend in ("portable", "reference"):
+        with use_backend(backend):
+            out = CATALOG["local_global_attention"].function(query, key + query, value, window=40, **options)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        found.append((*first, *torch.autograd.grad(torch.stack([each.square().sum() for each in first]).sum(), leaves)))
+    assert calls == ["banded"]
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.usefixtures("way")
+def test_several_gradients_of_a_band_at_once() -> None:
+    leaves = [torch.randn(1, 2, LONG, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    with use_backend("portable"):
+        out = CATALOG["local_global_attention"].function(*leaves, window=50)
+    several = torch.randn(2, *out.shape, dtype=out.dtype)
+    found = torch.autograd.grad(out, leaves, several, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(several):
+        for batched, alone in zip(found, torch.autograd.grad(out, leaves, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(batched[i], alone)
+
+
+def test_a_second_derivative_of_branches_is_refused() -> None:
     x = torch.randn(1, 1, LONG, 8, requires_grad=True)
     with use_backend("portable"):
-        (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        out = CATALOG["dilated_attention"].function(x, x, x, segment_lengths=(64,), dilation_rates=(2,))
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="not implemented"):
         torch.autograd.grad(first.sum(), x)

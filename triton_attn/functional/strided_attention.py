@@ -151,6 +151,7 @@ ROW = Mechanism(
         case("causal, fewer keys", 1, 2, 1, 35, 18, 16, 16, stride=2, causal="bottom_right"),
         case("stride of a tile and more", 1, 2, 2, 33, 40, 16, 16, stride=33, phase=6),
         case("padded keys", 2, 2, 2, 36, 36, 16, 16, stride=2, include_self=True, key_padding_mask="random"),
+        case("padded before the beginning", 1, 2, 1, 40, 80, 16, 16, stride=2, causal="bottom_right", key_padding_mask="prefix"),
         case("dropout", 1, 2, 1, 20, 20, 16, 16, stride=3, phase=1, include_self=True, dropout_p=0.2, causal="top_left"),
     ),
     probes=_probes,

@@ -1,17 +1,23 @@
-"""A band of keys and a few that everybody sees, on a CPU: a head at a time, so that its scores stay in the cache.
+"""A band of keys and a few that everybody sees, on a CPU: a head at a time, some blocks at a time, so that scores stay in the cache.
 
-Blocks of ROWS queries meet overlapping windows of the padded keys, which are views; one batched product each way.
+Blocks of queries meet overlapping windows of the padded keys, which are views; one batched product each way, and between them torch's
+softmax in place, whose passes over a row stay in the first cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 64
+from triton_attn.portable import _near
+
+ROWS, BACKWARD_ROWS = 32, 64  # fewer rows meet fewer keys in vain, more make larger products
+AT_ONCE = 2**18  # scores
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -38,59 +44,90 @@ def banded(
     return _Banded.apply(query, key, value, more_key, more_value, behind, ahead, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
-_TWICE = "the derivative of the gradients of portable local attention is not implemented"
-
-
 class _Windows:
-    """One head's keys or values, padded, as overlapping windows (blocks, width, D)."""
+    """How one head's keys are cut into overlapping windows (blocks, width, D), and what is added to the scores of a window."""
 
-    def __init__(self, n: int, behind: int, ahead: int, like: Tensor) -> None:
-        self.n, self.behind, self.ahead = n, behind, ahead
-        self.rows = ROWS
-        self.blocks = -(-n // self.rows)
-        self.width = -(-(self.rows + behind + ahead) // self.rows) * self.rows
-        self.padded = (self.blocks - 1) * self.rows + self.width
-        row, column = torch.arange(self.rows, device=like.device)[:, None], torch.arange(self.width, device=like.device)
-        outside = (column < row) | (column > row + behind + ahead)
-        self.band = torch.zeros(self.rows, self.width, dtype=like.dtype, device=like.device).masked_fill_(outside, -math.inf)
-        place = torch.arange(self.padded, device=like.device).as_strided((self.blocks, self.width), (self.rows, 1)) - behind
-        beyond = (place < 0) | (place >= n)
-        # blocks at the ends alone look beyond the sequence
-        self.ends = beyond.any(1).nonzero()[:, 0].tolist()
-        self.beyond = beyond
+    def __init__(self, n: int, behind: int, ahead: int, more: int, like: Tensor, rows: int) -> None:
+        self.n, self.behind, self.more, self.rows = n, behind, more, rows
+        self.blocks = -(-n // rows)
+        self.width = -(-(rows + behind + ahead) // rows) * rows
+        self.padded = (self.blocks - 1) * rows + self.width
+        row, column = torch.arange(rows)[:, None], torch.arange(self.width)
+        self.outside = F.pad((column < row) | (column > row + behind + ahead), (0, more))
+        place = torch.arange(self.padded).as_strided((self.blocks, self.width), (rows, 1)) - behind
+        self.beyond = F.pad((place < 0) | (place >= n), (0, more))
+        self.band = like.new_zeros(self.outside.shape).masked_fill_(self.outside, -math.inf)
+        self.together = min(self.blocks, max(1, AT_ONCE // self.band.numel()))
+        # blocks that are computed together, and those of them at the ends, which alone look beyond the sequence
+        self.parts: list[tuple[slice, list[tuple[slice, Tensor]]]] = []
+        looking = self.beyond.any(1).tolist()
+        for start in range(0, self.blocks, self.together):
+            blocks = range(start, min(start + self.together, self.blocks))
+            runs = [list(run) for beyond, run in itertools.groupby(blocks, lambda block: looking[block]) if beyond]
+            ends = [(slice(run[0] - start, run[-1] + 1 - start), torch.stack([self.hidden(block) for block in run])) for run in runs]
+            self.parts.append((slice(blocks.start, blocks.stop), ends))
 
-    def of(self, x: Tensor) -> Tensor:
+    def over(self, x: Tensor) -> Tensor:
+        """(n, D) as (blocks, width, D), zeros beyond."""
         storage = x.new_zeros(self.padded, x.shape[-1])
-        kept = min(self.n, self.padded - self.behind)
-        storage[self.behind : self.behind + kept] = x[:kept]
-        return self._over(storage)
-
-    def _over(self, storage: Tensor) -> Tensor:
-        d = storage.shape[-1]
-        return storage.as_strided((self.blocks, self.width, d), (self.rows * d, d, 1))
-
-    def summed(self, windows: Tensor) -> Tensor:
-        """The inverse of `of`: what overlaps is added."""
-        d = windows.shape[-1]
-        storage = windows.new_zeros(self.padded, d)
-        for part in range(0, self.width, self.rows):
-            storage[part : part + self.blocks * self.rows].view(self.blocks, self.rows, d).add_(windows[:, part : part + self.rows])
-        return storage[self.behind : self.behind + self.n]
+        storage[self.behind : self.behind + self.n] = x
+        return storage.as_strided((self.blocks, self.width, x.shape[-1]), (self.rows * x.shape[-1], x.shape[-1], 1))
 
     def blocked(self, x: Tensor) -> Tensor:
         """(n, D) as (blocks, rows, D), zeros at the end."""
-        if x.shape[0] == self.blocks * self.rows and x.is_contiguous():
+        if self.n == self.blocks * self.rows and x.is_contiguous():
             return x.view(self.blocks, self.rows, x.shape[-1])
         storage = x.new_zeros(self.blocks * self.rows, x.shape[-1])
         storage[: self.n] = x
         return storage.view(self.blocks, self.rows, x.shape[-1])
 
-    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """scale q k^T (blocks, rows, width), -inf outside of the band and of the sequence."""
-        scores = torch.baddbmm(self.band.expand(self.blocks, -1, -1), q, k.mT, alpha=scale)
-        for block in self.ends:
-            scores[block].masked_fill_(self.beyond[block], -math.inf)
-        return scores
+    def weights(self, q: Tensor, k: Tensor, ends: list[tuple[slice, Tensor]], scale: float, out: Tensor) -> Tensor:
+        """Softmax of the scores of some blocks, in place."""
+        torch.baddbmm(self.band.expand(len(q), -1, -1), q, k.mT, alpha=scale, out=out)
+        for run, hidden in ends:
+            out[run].masked_fill_(hidden, -math.inf)
+        return torch.softmax(out, -1, out=out)
+
+    def hidden(self, block: int) -> Tensor:
+        """(rows, width + more): what lies beyond the sequence. Rows that do themselves see it, or their weights were NaN."""
+        inside = torch.arange(self.rows)[:, None] < self.n - block * self.rows
+        return self.beyond[block] & inside
+
+
+class _Joined:
+    """The windows of a part beside the rows that every query sees: views where there are none, else copies in one buffer."""
+
+    def __init__(self, windows: _Windows, x: Tensor, more: Tensor) -> None:
+        self.over, self.width = windows.over(x), windows.width
+        self.buffer = x.new_empty(windows.together, windows.width + len(more), x.shape[-1]) if len(more) else None
+        if self.buffer is not None:
+            self.buffer[:, windows.width :] = more
+
+    def of(self, part: slice) -> Tensor:
+        if self.buffer is None:
+            return self.over[part]
+        joined = self.buffer[: part.stop - part.start]
+        joined[:, : self.width] = self.over[part]
+        return joined
+
+
+class _Summed:
+    """The inverse of `_Joined`: what overlaps is added."""
+
+    def __init__(self, windows: _Windows, like: Tensor, more: Tensor) -> None:
+        self.windows, self.more = windows, more
+        self.storage = like.new_zeros(windows.padded, like.shape[-1])
+
+    def add(self, found: Tensor, part: slice) -> None:
+        rows, width = self.windows.rows, self.windows.width
+        for first in range(0, width, rows):
+            here = self.storage[part.start * rows + first : part.stop * rows + first]
+            here.view(len(found), rows, -1).add_(found[:, first : first + rows])
+        if len(self.more):
+            self.more.add_(found[:, width:].sum(0))
+
+    def result(self) -> Tensor:
+        return self.storage[self.windows.behind : self.windows.behind + self.windows.n]
 
 
 class _Banded(torch.autograd.Function):
@@ -98,98 +135,132 @@ class _Banded(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, more_key: Tensor, more_value: Tensor, behind: int, ahead: int, scale: float
     ) -> Tensor:
+        ctx.numbers = behind, ahead, scale
+        if _near.serves(query, key, value):
+            out, lse = _near.forward(query, key, value, more_key, more_value, behind, ahead, scale)
+            ctx.save_for_backward(query, key, value, more_key, more_value, out, lse)
+            return out
         b, h, n = query.shape[:3]
-        out = torch.empty(b, h, n, value.shape[-1], dtype=query.dtype, device=query.device)
-        lse = torch.empty(b, h, n, dtype=query.dtype, device=query.device)
-        windows = _Windows(n, behind, ahead, query)
+        out = torch.empty(b, h, n, value.shape[-1], dtype=query.dtype)
+        windows = _Windows(n, behind, ahead, more_key.shape[2], query, ROWS)
+        scores = query.new_empty(windows.together, *windows.band.shape)
         for i in range(b):
             for j in range(h):
-                q, k, v = windows.blocked(query[i, j]), windows.of(key[i, j]), windows.of(value[i, j])
-                scores = windows.scores(q, k, scale)
-                top = scores.amax(-1, keepdim=True)
-                more = (q @ more_key[i, j].mT).mul_(scale)
-                if more.shape[-1]:
-                    top = torch.maximum(top, more.amax(-1, keepdim=True))
-                top = top.masked_fill_(top == -math.inf, 0.0)
-                total = scores.sub_(top).exp_().sum(-1, keepdim=True) + more.sub_(top).exp_().sum(-1, keepdim=True)
-                found = torch.bmm(scores, v)
-                if more.shape[-1]:
-                    found += more @ more_value[i, j]
-                out[i, j] = found.div_(total).flatten(0, 1)[:n]
-                lse[i, j] = top.add_(total.log_()).flatten()[:n]
-        ctx.save_for_backward(query, key, value, more_key, more_value, out, lse)
-        ctx.numbers = behind, ahead, scale
+                _forward(windows, scores, *(x[i, j] for x in (query, key, value, more_key, more_value, out)), scale)
+        ctx.save_for_backward(query, key, value, more_key, more_value, out, None)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        query, key, value, more_key, more_value, out, lse = ctx.saved_tensors
-        if torch._C._functorch.is_legacy_batchedtensor(grad):
-            leaves = [x.detach().requires_grad_() for x in (query, key, value, more_key, more_value)]
-            with torch.enable_grad():
-                return *torch.autograd.grad(_with_every_score(*leaves, *ctx.numbers), leaves, grad), None, None, None
-        return *_Gradients.apply(grad, query, key, value, more_key, more_value, out, lse, *ctx.numbers), None, None, None  # type: ignore[no-untyped-call]
+        inputs = ctx.saved_tensors[:5]
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            return *_by_autograd(grad, inputs, ctx.needs_input_grad, ctx.numbers), None, None, None
+        return *_Gradients.apply(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None  # type: ignore[no-untyped-call]
 
 
-def _with_every_score(
-    query: Tensor, key: Tensor, value: Tensor, more_key: Tensor, more_value: Tensor, behind: int, ahead: int, scale: float
-) -> Tensor:
-    """The definition, for several gradients at once (is_grads_batched): in-place operations have no rule for that."""
-    place = torch.arange(query.shape[2], device=query.device)
-    distance = place - place[:, None]
-    scores = (query @ key.mT * scale).masked_fill((distance < -behind) | (distance > ahead), -math.inf)
-    weights = torch.cat((scores, query @ more_key.mT * scale), -1).softmax(-1)
-    return weights @ torch.cat((value, more_value), 2)
+def _forward(
+    windows: _Windows,
+    scores: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    more_key: Tensor,
+    more_value: Tensor,
+    out: Tensor,
+    scale: float,
+) -> None:
+    """One head."""
+    q, k, v = windows.blocked(query), _Joined(windows, key, more_key), _Joined(windows, value, more_value)
+    whole = windows.n % windows.rows == 0
+    found = windows.blocked(out) if whole else out.new_empty(windows.blocks, windows.rows, out.shape[-1])
+    for part, ends in windows.parts:
+        weights = windows.weights(q[part], k.of(part), ends, scale, scores[: part.stop - part.start])
+        torch.bmm(weights, v.of(part), out=found[part])
+    if not whole:
+        out.copy_(found.flatten(0, 1)[: windows.n])
 
 
 class _Gradients(torch.autograd.Function):
-    """An operation of its own, so that a second derivative is refused."""
+    """An operation of its own, so that forward-mode derivatives of it are refused."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        more_key: Tensor,
-        more_value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        behind: int,
-        ahead: int,
-        scale: float,
-    ) -> tuple[Tensor, ...]:
-        b, h, n = query.shape[:3]
-        results = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value, more_key, more_value))
-        dq, dk, dv, dmore_key, dmore_value = results
-        windows = _Windows(n, behind, ahead, query)
+    def forward(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        *inputs, out, lse, behind, ahead, scale = given
+        if lse is not None:
+            return _near.backward(grad, *given)
+        b, h, n = grad.shape[:3]
+        results = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in inputs)
+        windows = _Windows(n, behind, ahead, inputs[3].shape[2], grad, BACKWARD_ROWS)
+        scores = grad.new_empty(2, windows.together, *windows.band.shape)
         for i in range(b):
             for j in range(h):
-                q, k, v = windows.blocked(query[i, j]), windows.of(key[i, j]), windows.of(value[i, j])
-                do = windows.blocked(grad[i, j])
-                shift = windows.blocked(lse[i, j, :, None])
-                delta = windows.blocked((grad[i, j] * out[i, j]).sum(-1, keepdim=True))
-                p = windows.scores(q, k, scale).sub_(shift).exp_()
-                dv[i, j] = windows.summed(torch.bmm(p.mT, do))
-                ds = torch.bmm(do, v.mT).sub_(delta).mul_(p).mul_(scale)
-                found = torch.bmm(ds, k)
-                dk[i, j] = windows.summed(torch.bmm(ds.mT, q))
-                if more_key.shape[2]:
-                    rows, gradient = q.flatten(0, 1), do.flatten(0, 1)
-                    p = (rows @ more_key[i, j].mT).mul_(scale).sub_(shift.flatten(0, 1)).exp_()
-                    dmore_value[i, j] = p[:n].mT @ gradient[:n]
-                    ds = (gradient @ more_value[i, j].mT).sub_(delta.flatten(0, 1)).mul_(p).mul_(scale)
-                    dmore_key[i, j] = ds[:n].mT @ rows[:n]
-                    found += (ds @ more_key[i, j]).view(found.shape)
-                dq[i, j] = found.flatten(0, 1)[:n]
+                _backward(windows, scores, *(x[i, j] for x in (grad, *inputs, out)), scale, *(x[i, j] for x in results))
         return results
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(_TWICE)
-
-    @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError(_TWICE)
+        raise NotImplementedError("the forward-mode derivative of the gradients of portable local attention is not implemented")
+
+
+def _backward(
+    windows: _Windows,
+    scores: Tensor,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    more_key: Tensor,
+    more_value: Tensor,
+    out: Tensor,
+    scale: float,
+    *results: Tensor,
+) -> None:
+    """One head."""
+    dq, dk, dv, dmore_key, dmore_value = results
+    q, k, v = windows.blocked(query), _Joined(windows, key, more_key), _Joined(windows, value, more_value)
+    do, delta = windows.blocked(grad), windows.blocked((grad * out).sum(-1, keepdim=True))
+    keys, values = _Summed(windows, key, dmore_key), _Summed(windows, value, dmore_value)
+    found = q.new_empty(q.shape)
+    for part, ends in windows.parts:
+        weights, slopes = (x[: part.stop - part.start] for x in scores)
+        seen = k.of(part)
+        windows.weights(q[part], seen, ends, scale, weights)
+        values.add(torch.bmm(weights.mT, do[part]), part)
+        torch.bmm(do[part], v.of(part).mT, out=slopes).sub_(delta[part]).mul_(weights)
+        torch.bmm(slopes, seen, out=found[part])
+        keys.add(torch.bmm(slopes.mT, q[part]), part)
+    dq.copy_(found.flatten(0, 1)[: windows.n]).mul_(scale)
+    dk.copy_(keys.result()).mul_(scale)
+    dv.copy_(values.result())
+    dmore_key.mul_(scale)
+
+
+def _by_autograd(
+    grad: Tensor, inputs: tuple[Tensor, ...], needed: tuple[bool, ...], numbers: tuple[int, int, float]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, or of several cotangents at once (is_grads_batched)."""
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view of each, because one tensor may be several of them
+        leaves = [x.view_as(x) if create and x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        out = _in_operators(*leaves, *numbers)
+        asked = [leaf for leaf, need in zip(leaves, needed, strict=False) if need]
+        found = iter(torch.autograd.grad(out, asked, grad, create_graph=create))
+    return [next(found) if need else None for need, _ in zip(needed, leaves, strict=False)]
+
+
+def _in_operators(
+    query: Tensor, key: Tensor, value: Tensor, more_key: Tensor, more_value: Tensor, behind: int, ahead: int, scale: float
+) -> Tensor:
+    """The same in operators that torch differentiates, all heads at once: O(N window) memory."""
+    n = query.shape[2]
+    windows = _Windows(n, behind, ahead, more_key.shape[2], query.detach(), ROWS)
+    after = windows.padded - behind - n
+    keys, values = (F.pad(x, (0, 0, behind, after)).unfold(2, windows.width, ROWS) for x in (key, value))  # (B, H, blocks, D, width)
+    rows = F.pad(query, (0, 0, 0, windows.blocks * ROWS - n)).unflatten(2, (windows.blocks, ROWS))
+    hidden = windows.outside | torch.stack([windows.hidden(block) for block in range(windows.blocks)])
+    scores = torch.cat((rows @ keys, rows @ more_key[:, :, None].mT), -1) * scale
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    found = weights[..., : windows.width] @ values.mT + weights[..., windows.width :] @ more_value[:, :, None]
+    return found.flatten(2, 3)[:, :, :n]

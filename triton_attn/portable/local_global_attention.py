@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn.portable import _banded
+from triton_attn.portable import _banded, _near
 from triton_attn.portable._grouped import sdpa
 from triton_attn.portable._rows import Piece, by_rows
 
-SHORT = 256  # a sequence whose every score is cheaper than a loop over heads
+SHORT = 256  # a sequence whose every score is cheaper than a loop over heads or blocks, but for a narrow window
 
 
 def local_global_attention(
@@ -60,17 +60,18 @@ def local_global_attention(
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     alone = dropout_p == 0 and not return_lse
-    if alone and n <= SHORT and not torch.compiler.is_compiling():
-        distance = places - places[:, None]
-        seen = (distance >= -half) & (distance <= half) | (places < tokens) | (places[:, None] < tokens)
-        seen = seen & (places <= places[:, None]) if causal else seen
+    banded = key_padding_mask is None and alone and tokens < n and _banded.serves(query, key, value)
+    if alone and n <= SHORT and not torch.compiler.is_compiling() and not (banded and _near.pays(n, half, ahead)):
+        seen = torch.ones(n, n, dtype=torch.bool, device=query.device).tril_(half).triu_(-half)
+        seen[:tokens] = seen[:, :tokens] = True
+        seen = seen.tril_() if causal else seen
         if key_padding_mask is not None:
             seen = seen & ~key_padding_mask[:, None, None]
         if global_key is not None and global_value is not None:
             key, value = torch.cat((key, global_key), 2), torch.cat((value, global_value), 2)
             seen = F.pad(seen, (0, global_key.shape[2]), value=True)
         return sdpa(query, key, value, seen, scale=scale)
-    if key_padding_mask is None and alone and tokens < n and _banded.serves(query, key, value):
+    if banded:
         more = (key[:, :, :tokens], value[:, :, :tokens]) if global_key is None or global_value is None else (global_key, global_value)
         near = _banded.banded(query[:, :, tokens:], key[:, :, tokens:], value[:, :, tokens:], *more, half, ahead, scale)
         if not tokens:

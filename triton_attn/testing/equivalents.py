@@ -46,7 +46,7 @@ ARGUMENTS = (
         ("dilated_attention",),
     ),
     Argument(
-        "the rows and runs of dense attention have step 1; patterns with other steps are other rows",
+        "the rows and runs of these patterns have step 1; patterns with other steps are other rows",
         (
             *(f"{kernel}: lane_m * step -> lane_m" for kernel in BY_QUERY),
             *(f"{kernel}: (offset + lane_n) * stride -> offset + lane_n" for kernel in BY_QUERY),
@@ -55,7 +55,7 @@ ARGUMENTS = (
             "backward_key_kernel: (offset + lane_m) * stride -> offset + lane_m",
             f"backward_key_kernel: ({LAST_N} - 1) * step -> {LAST_N} - 1",
         ),
-        ("attention",),
+        ("attention", "local_global_attention", "subset_attention"),
     ),
     Argument(
         "a last row too late: the causal runs and visits end at the last key or query, and what is too much is hidden by the rule",
@@ -66,14 +66,22 @@ ARGUMENTS = (
         ("attention",),
     ),
     Argument(
-        "dense attention's walks do not ask which head it is (which output it is, the same words elsewhere in the kernel, is caught)",
+        "visits queries outside of the band, which the rule hides: a cost in time alone",
+        (
+            "local_visits: tl.minimum(last + numbers[0] + 1, len_m) -> len_m",
+            "local_visits: tl.maximum(tl.where(everyone, 0, first - numbers[1]), numbers[2]) -> numbers[2]",
+        ),
+        ("local_global_attention",),
+    ),
+    Argument(
+        "these walks do not ask which head it is (which output it is, the same words elsewhere in the kernel, is caught)",
         (
             *(f"{kernel}: head % heads -> head // heads" for kernel in BY_QUERY),
             "backward_key_kernel: shared % groups -> shared // groups",
             "backward_key_kernel: shared % groups * group -> shared % groups",
             "backward_key_kernel: h.to(tl.int32) -> h",
         ),
-        ("attention",),
+        ("attention", "strided_attention", "local_global_attention", "subset_attention"),
     ),
     Argument(
         "the number of a head fits into 32 bits, and into 64",
@@ -95,12 +103,12 @@ ARGUMENTS = (
         ),
     ),
     Argument(
-        "dense attention has no keys from elsewhere: EXTRA is false, and what is asked beside it does not count",
+        "there are no keys from elsewhere: EXTRA is false, and what is asked beside it does not count",
         (
             "forward_kernel: i == 0 -> i != 0",
             "backward_query_kernel: i == 0 -> i != 0",
         ),
-        ("attention",),
+        ("attention", "strided_attention"),
     ),
     Argument(
         "one counter for each key or one for four: both branches of `kept` are the same function where keys are consecutive",
