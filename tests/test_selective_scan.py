@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import triton_attn
-from triton_attn import ArgumentError, selective_scan, selective_scan_fn, use_backend
+from triton_attn import CATALOG, ArgumentError, selective_scan, selective_scan_fn, use_backend
 from triton_attn.portable import _scan_tiles
+from triton_attn.testing import strict_interpreter
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
 b, d, length, n = 2, 4, 9, 3
@@ -224,6 +225,25 @@ def test_offsets_that_do_not_rise_from_first_to_last_are_refused(ends: list[int]
     }
     with pytest.raises(ArgumentError, match=f"cu_seqlens is .*allowed: from 0 to {length}"):
         selective_scan(**call, cu_seqlens=torch.tensor(ends))
+
+
+def test_offsets_of_any_value_touch_nothing_beyond_the_tensors() -> None:
+    """A kernel reads them on the device, after whatever check was made."""
+    code = CATALOG["selective_scan"].kernels[0].load()
+    call = {name: x for name, x in given(1).items() if name != "delta_softplus"}
+    tensors = {
+        **{name: x[:1] if name in ("u", "delta", "z", "B", "C") else x for name, x in call.items()},
+        "initial_state": None,
+        "mask": None,
+    }
+    ends = torch.tensor([-7, 40, 99, -3, -2], dtype=torch.int32)
+    options = {"cu_seqlens": ends, "delta_softplus": True}
+    with strict_interpreter():
+        out, last = code.forward(**tensors, **options, return_last_state=True)
+        code.backward(torch.ones_like(out), None, **tensors, **options, out=out, last_state=last, needs=(True,) * 9)
+    with use_backend("reference"):
+        expected = selective_scan(**{**tensors, "cu_seqlens": torch.tensor([0, length], dtype=torch.int32)}, delta_softplus=True)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_public_names_are_there() -> None:

@@ -84,7 +84,7 @@ def _calls(mechanism: str, variant: str) -> tuple[tuple[verify.Expected, Tile], 
     calls = [(case, *way, TILE) for case, way in zip(ordered, itertools.cycle(ways), strict=False)]
     special = _any_layout(row, kernel, ordered) if by_layout else _contiguous(row, ordered)
     calls += [(case, torch.float16, 1.0, layout, tile) for case, layout, tile in special]
-    calls += [(case, torch.float16, spread, inputs.CONTIGUOUS, TILE) for case, spread in _any_numbers(row, ordered)]
+    calls += [(case, dtype, spread, inputs.CONTIGUOUS, TILE) for case, dtype, spread in _any_numbers(row, ordered)]
     expected = []
     for case, dtype, spread, layout, tile in calls:
         tensors, options = inputs.draw(row, case, dtype=dtype, spread=spread, layout=layout)
@@ -121,16 +121,19 @@ def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Specia
             yield _sized(row, case, **_heads(row, axis), m=5, n=5), layout, TILE
 
 
-def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, float]]:
-    """Of rows that are summed: squares beyond float16, products below it, zeros, and epsilons that show."""
+def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype, float]]:
+    """Of rows: squares beyond float16, products below it, zeros, epsilons that show. Of scans: many steps, tiny ones."""
     bare, *laden = _bare(row, cases)
     if "x" in row.inputs:
         for spread in (64.0, 2.0**-20, 0.0):
-            yield bare, spread
+            yield bare, torch.float16, spread
     if "eps" in row.options:
         for case in laden or (bare,):
-            yield _with(case, eps=0.0), 1.0
-            yield _with(case, eps=0.25), 1.0
+            yield _with(case, eps=0.0), torch.float16, 1.0
+            yield _with(case, eps=0.25), torch.float16, 1.0
+    if "delta_softplus" in row.options:
+        yield _sized(row, bare, l=150), torch.float32, 1.0
+        yield _with(bare, delta_softplus=True, delta_bias="normal"), torch.float32, 8.0
 
 
 def _contiguous(row: Mechanism, cases: Sequence[Case]) -> Special:

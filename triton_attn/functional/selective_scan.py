@@ -236,7 +236,7 @@ ROW = Mechanism(
         "C": Input("b g s l", differentiable=True, ordered=True),
         "D": Input("d", differentiable=True, optional=True, dtype="float32 or like inputs"),
         "z": Input("b d l", differentiable=True, optional=True, ordered=True),
-        "delta_bias": Input("d", differentiable=True, optional=True, dtype="float32 or like inputs", sign=1),
+        "delta_bias": Input("d", differentiable=True, optional=True, dtype="float32 or like inputs", sign=-1),
         "initial_state": Input("q d s", differentiable=True, optional=True, dtype="float32 or like inputs"),
         "mask": Input("b l", kind="mask"),
         "cu_seqlens": Input("p", kind="offsets", into="l"),
@@ -253,6 +253,8 @@ ROW = Mechanism(
         _case("masked", 2, 3, 10, 4, mask="random", z="normal", initial_state="normal"),
         _case("packed", 1, 3, 10, 2, p=4, initial_state="normal", **_GATED),
         _case("longer than a tile", 1, 3, 19, 2, z="normal"),
+        _case("narrow parameters", 1, 4, 10, 3, A="narrow", initial_state="narrow", D="narrow"),
+        _case("more channels than a tile", 2, 36, 18, 3, 2, D="normal"),
     ),
     probes=_probes,
     workloads={

@@ -52,7 +52,8 @@ def draw(
         elif given.kind == "seed":
             tensors[name] = torch.randint(2**62, (), generator=generator).to(device)
         elif given.kind == "offsets":
-            tensors[name] = OFFSETS[how](size[0], case.sizes[given.into], generator).to(torch.int32).to(device)
+            offsets = OFFSETS[how](size[0], case.sizes[given.into], generator).to(torch.int32)
+            tensors[name] = (offsets if layout == CONTIGUOUS else offsets.repeat_interleave(2)[::2]).to(device)
         elif given.kind == "index":
             indices = INDICES[how](size, case.sizes[given.into], generator)
             tensors[name] = (laid_out(indices, layout) if layout in (FAR, PERMUTED, *FAR_ALONG) else indices).to(device)
