@@ -146,7 +146,7 @@ class _Banded(torch.autograd.Function):
         scores = query.new_empty(windows.together, *windows.band.shape)
         for i in range(b):
             for j in range(h):
-                _forward(windows, scores, *(x[i, j] for x in (query, key, value, more_key, more_value, out)), scale)
+                _forward(windows, scores, scale, *(x[i, j] for x in (query, key, value, more_key, more_value, out)))
         ctx.save_for_backward(query, key, value, more_key, more_value, out, None)
         return out
 
@@ -162,13 +162,13 @@ class _Banded(torch.autograd.Function):
 def _forward(
     windows: _Windows,
     scores: Tensor,
+    scale: float,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     more_key: Tensor,
     more_value: Tensor,
     out: Tensor,
-    scale: float,
 ) -> None:
     """One head."""
     q, k, v = windows.blocked(query), _Joined(windows, key, more_key), _Joined(windows, value, more_value)
@@ -195,7 +195,7 @@ class _Gradients(torch.autograd.Function):
         scores = grad.new_empty(2, windows.together, *windows.band.shape)
         for i in range(b):
             for j in range(h):
-                _backward(windows, scores, *(x[i, j] for x in (grad, *inputs, out)), scale, *(x[i, j] for x in results))
+                _backward(windows, scores, scale, *(x[i, j] for x in (grad, *inputs, out, *results)))
         return results
 
     @staticmethod
@@ -206,6 +206,7 @@ class _Gradients(torch.autograd.Function):
 def _backward(
     windows: _Windows,
     scores: Tensor,
+    scale: float,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -213,7 +214,6 @@ def _backward(
     more_key: Tensor,
     more_value: Tensor,
     out: Tensor,
-    scale: float,
     *results: Tensor,
 ) -> None:
     """One head."""
@@ -244,7 +244,7 @@ def _by_autograd(
     with torch.enable_grad():
         # a view of each, because one tensor may be several of them
         leaves = [x.view_as(x) if create and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        out = _in_operators(*leaves, *numbers)
+        out = _in_operators(*leaves, behind=numbers[0], ahead=numbers[1], scale=numbers[2])
         asked = [leaf for leaf, need in zip(leaves, needed, strict=False) if need]
         found = iter(torch.autograd.grad(out, asked, grad, create_graph=create))
     return [next(found) if need else None for need, _ in zip(needed, leaves, strict=False)]

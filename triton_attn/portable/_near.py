@@ -30,7 +30,8 @@ def pays(n: int, behind: int, ahead: int) -> bool:
 
 def _pieces(n: int, behind: int, ahead: int, more: int, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Queries, the keys around them, and what is added to their scores and to those of `more` keys after these."""
-    shape, mask = None, like
+    shape: tuple[int, int, int] | None = None
+    mask = like
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
         low, high = max(start - behind, 0), min(stop + ahead, n)
