@@ -134,7 +134,7 @@ def test_the_backward_pass_takes_memory_for_one_branch_at_a_time() -> None:
     assert taken(2, detach=True) == taken(3, detach=True) == 2 * x.nbytes + value.nbytes + out.nbytes + lse.nbytes
 
 
-@pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.slow), "portable", "reference"])
 def test_dropout_drops_a_pair_in_all_of_its_branches_and_gradients_are_of_what_is_left(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

@@ -157,8 +157,15 @@ def test_no_token_sees_a_later_one(variant: str) -> None:
 # going on
 
 
-@VARIANTS
-@BACKENDS
+@pytest.mark.parametrize(
+    ("variant", "backend"),
+    [
+        ("mamba", "triton"),
+        ("mamba", "portable"),
+        ("lti", "portable"),
+        pytest.param("lti", "triton", marks=pytest.mark.slow),  # a program for each channel
+    ],
+)
 def test_steps_and_parts_are_the_whole(variant: str, backend: str) -> None:
     made, x = layer(variant), tokens(7)
     with use_backend(backend), torch.no_grad():

@@ -177,8 +177,8 @@ ROW = Mechanism(
         _case("padded keys", 2, 2, 2, 36, 16, 16, (18, 36), (1, 2), key_padding_mask="random"),
         _case("padded before the beginning", 1, 1, 1, 48, 16, 16, (48, 24), (1, 2), key_padding_mask="prefix"),
         _case("dropout", 1, 2, 1, 24, 16, 16, (12, 24), (1, 2), dropout_p=0.2),
-        _case("detached mixing", 1, 3, 3, 50, 16, 16, (20, 25, 50), (1, 2, 3), detach_mixing=True),
-        _case("detached mixing with everything", 2, 2, 1, 34, 16, 16, (17, 34), (1, 2), detach_mixing=True, **RIDERS),
+        _case("detached mixing", 1, 3, 3, 30, 16, 16, (12, 15, 30), (1, 2, 3), detach_mixing=True),
+        _case("detached mixing with everything", 1, 2, 1, 18, 16, 16, (9, 18), (1, 2), detach_mixing=True, **RIDERS),
     ),
     probes=_probes,
     workloads={
