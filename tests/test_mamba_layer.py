@@ -162,7 +162,9 @@ def test_no_token_sees_a_later_one(variant: str) -> None:
     [
         ("mamba", "triton"),
         ("mamba", "portable"),
+        ("mamba", "reference"),
         ("lti", "portable"),
+        ("lti", "reference"),
         pytest.param("lti", "triton", marks=pytest.mark.slow),  # a program for each channel
     ],
 )
