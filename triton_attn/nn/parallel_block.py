@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from triton_attn import ArgumentError, arguments
 from triton_attn.nn.residual_blocks import ResidualAttentionBlock
 
-ROWS = 512  # of the MLP at a time, on a CPU
+ROWS = 2048  # of the MLP at a time, on a CPU
 
 
 class Folded(NamedTuple):
