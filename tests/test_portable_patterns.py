@@ -28,12 +28,14 @@ def called(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
     return calls
 
 
-@pytest.fixture(params=["fused", "windows"])
+@pytest.fixture(params=["fused", "windows", "windows, a few at a time"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short bands go by the fused call; longer ones, for which this makes all of them pass, by windows."""
     assert LONG <= _near.LONGEST
-    if request.param == "windows":
+    if request.param != "fused":
         monkeypatch.setattr(_near, "LONGEST", 0)
+    if request.param == "windows, a few at a time":
+        monkeypatch.setattr(_banded, "AT_ONCE", 2**14)
 
 
 BAND: dict[str, dict[str, Any]] = {
