@@ -83,6 +83,6 @@ def test_a_rule_beside_flex_attention(benchmark: Any, name: str, backward: bool)
     causal = bool(RULES[name].get("causal"))
     with torch.no_grad():
         given = drawn(False)
-        close = {"rtol": 2e-2, "atol": 2e-2} if GPU else {"rtol": 1e-3, "atol": 1e-4}
-        torch.testing.assert_close(attend(*given, causal=causal), sparse_attention(*given, **RULES[name]), **close)
+        rtol, atol = (2e-2, 2e-2) if GPU else (1e-3, 1e-4)
+        torch.testing.assert_close(attend(*given, causal=causal), sparse_attention(*given, **RULES[name]), rtol=rtol, atol=atol)
     beside(benchmark, name, "FlexAttention", lambda *tensors: attend(*tensors, causal=causal), backward)

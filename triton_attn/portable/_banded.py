@@ -244,7 +244,8 @@ def _by_autograd(
     with torch.enable_grad():
         # a view of each, because one tensor may be several of them
         leaves = [x.view_as(x) if create and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        out = _in_operators(*leaves, behind=numbers[0], ahead=numbers[1], scale=numbers[2])
+        query, key, value, more_key, more_value = leaves
+        out = _in_operators(query, key, value, more_key, more_value, *numbers)
         asked = [leaf for leaf, need in zip(leaves, needed, strict=False) if need]
         found = iter(torch.autograd.grad(out, asked, grad, create_graph=create))
     return [next(found) if need else None for need, _ in zip(needed, leaves, strict=False)]
@@ -258,7 +259,8 @@ def _in_operators(
     windows = _Windows(n, behind, ahead, more_key.shape[2], query.detach(), ROWS)
     after = windows.padded - behind - n
     keys, values = (F.pad(x, (0, 0, behind, after)).unfold(2, windows.width, ROWS) for x in (key, value))  # (B, H, blocks, D, width)
-    rows = F.pad(query, (0, 0, 0, windows.blocks * ROWS - n)).unflatten(2, (windows.blocks, ROWS))
+    rows = F.pad(query, (0, 0, 0, windows.blocks * ROWS - n))
+    rows = rows.view(*rows.shape[:2], windows.blocks, ROWS, rows.shape[-1])
     hidden = windows.outside | torch.stack([windows.hidden(block) for block in range(windows.blocks)])
     scores = torch.cat((rows @ keys, rows @ more_key[:, :, None].mT), -1) * scale
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
