@@ -174,6 +174,7 @@ ROW = Mechanism(
         _case("causal", 1, 3, 3, 50, 16, 16, (25, 50), (1, 3), causal=True),
         _case("causal, each key once", 1, 2, 2, 40, 16, 16, (20, 40), (1, 2), causal=True, overlap="unique"),
         _case("causal, grouped heads", 1, 2, 1, 36, 16, 16, (18, 36), (1, 2), causal=True),
+        _case("each key once, coarse first", 1, 2, 1, 20, 16, 16, (20, 10), (2, 1), overlap="unique"),
         _case("padded keys", 2, 2, 2, 36, 16, 16, (18, 36), (1, 2), key_padding_mask="random"),
         _case("padded before the beginning", 1, 1, 1, 48, 16, 16, (48, 24), (1, 2), key_padding_mask="prefix"),
         _case("dropout", 1, 2, 1, 24, 16, 16, (12, 24), (1, 2), dropout_p=0.2),

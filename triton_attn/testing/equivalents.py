@@ -51,6 +51,7 @@ ARGUMENTS = (
         (
             "runs: tl.maximum(tl.minimum(first + numbers[0] + 1, end) - low, 0) -> 0",
             "runs: tl.minimum(last + numbers[0] + 1, end) -> end",
+            "visits: last - numbers[0] -> last + numbers[0]",
         ),
         ("dilated_attention",),
     ),
