@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from triton_attn import CATALOG, bench
 from triton_attn.bench import Timing
 from triton_attn.offline import Compiled
-from triton_attn.report import Results, calls, folder, gather, markdown, parts, plots, rows, tables, terminal
+from triton_attn.report import Results, calls, candidates, folder, gather, markdown, parts, plots, rows, tables, terminal
 from triton_attn.report.calls import Call
 from triton_attn.report.candidates import Candidates
 from triton_attn.report.earlier import Earlier
@@ -241,6 +241,8 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
         (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "python").chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        # a sample of the kept ones would be compiled, which the interpreter under these tests refuses
+        monkeypatch.setattr(candidates, "KEPT", tmp_path)
 
     return pretend
 
