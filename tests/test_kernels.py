@@ -5,14 +5,16 @@ Kernels run under the strict interpreter: out of bounds, races, overflow and the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.calls import kinds
 from triton_attn import CATALOG, use_backend, verify
 from triton_attn.mechanism import Case, Kernel, Law, Mechanism
 from triton_attn.testing import inputs, laws, numerics, strategies
@@ -34,6 +36,10 @@ def _resized(row: Mechanism, case: Case, **sizes: int) -> Case:
     return Case(case.name, row.fitted(changed, case.options), case.options)
 
 
+def every(row: Mechanism) -> Sequence[Case]:
+    return row.cases
+
+
 def kernels_own(row: Mechanism, kernel: Kernel, case: Case) -> Case:
     """The case without what a special kernel refuses: masks, and rows that are no multiple of 16 bytes."""
     if kernel is row.kernels[-1]:
@@ -46,6 +52,7 @@ def kernels_own(row: Mechanism, kernel: Kernel, case: Case) -> Case:
 
 
 @pytest.mark.parametrize(("row", "kernel"), KERNELS)
+@settings(max_examples=settings().max_examples * 2 // 3)  # a minute for the slowest row
 @given(data=st.data())
 def test_kernel_matches_its_reference(row: Mechanism, kernel: Kernel, data: st.DataObject) -> None:
     case = kernels_own(row, kernel, data.draw(strategies.cases(row)))
@@ -74,20 +81,28 @@ def test_portable_matches_its_reference(row: Mechanism, data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize(("row", "law"), LAWS)
-@pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
-def test_law_holds(row: Mechanism, law: Law, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "cases"),
+    [
+        ("portable", every),
+        ("reference", every),
+        ("triton", kinds),  # interpreted
+        pytest.param("triton", every, marks=pytest.mark.slow),
+    ],
+)
+def test_law_holds(row: Mechanism, law: Law, backend: str, cases: Callable[[Mechanism], Sequence[Case]]) -> None:
     def call(*, seed: Any = None, **arguments: Any) -> Any:
         torch.manual_seed(3)
         with use_backend(backend):
             return row.call(**arguments)
 
-    for case in row.cases:
+    for case in cases(row):
         laws.check(row, law, call, case, exact=backend == "triton")
 
 
 @pytest.mark.parametrize(("row", "kernel"), KERNELS)
 def test_inputs_are_left_as_they_were(row: Mechanism, kernel: Kernel) -> None:
-    for case in row.cases:
+    for case in kinds(row):
         tensors, options = inputs.draw(row, kernels_own(row, kernel, case))
         before = {name: x.clone() for name, x in tensors.items() if x is not None}
         grads = [torch.randn(inputs.shape(out.axes, case.sizes)) for out in row.outputs.values()]

@@ -58,7 +58,7 @@ def test_torch_func_gives_the_gradients_of_autograd(row: Mechanism, case: Case, 
 def test_any_part_of_the_inputs_may_require_a_gradient(row: Mechanism, case: Case, backend: str) -> None:
     call = draw(row, case)
     expected = eager(call, backend)[1]
-    for count in range(1, len(call.leaves)):
+    for count in {1, len(call.leaves) - 1} - {0}:
         for wanted in combinations(call.positions, count):
             leaves = [x.requires_grad_(i in wanted) for i, x in enumerate(draw(row, case).plain)]
             with use_backend(backend), Recording() as recording:
