@@ -104,6 +104,7 @@ ROW = Mechanism(
     work=_work,
     cases=(
         _case("a sequence", 2, 2, 41, 20),
+        _case("a grid", 1, 2, 3 * 21, 16, rows=3),
         _case("a grid, several blocks", 1, 2, 9 * 11, 16, rows=9),
         _case("counted", 2, 1, 3 * 10, 24, rows=3, count="positive"),
         _case("padded", 2, 2, 3 * 11, 16, rows=3, key_padding_mask="random"),
