@@ -116,6 +116,11 @@ def cotangent(out: Tensor) -> Tensor:
     return torch.linspace(-1.0, 1.0, out.numel(), device=out.device).to(out.dtype).view(out.shape)
 
 
+def differentiable(row: Mechanism, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs that have gradients."""
+    return tuple(out for out, given in zip(outputs, row.outputs.values(), strict=True) if given.differentiable)
+
+
 def gradients(out: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, leaves, cotangent(out))
 
@@ -166,6 +171,7 @@ def recorded(row: Mechanism, case: Case, **how: Any) -> tuple[operators.Operator
     call, operator = draw(row, case, **how), operators._OPERATORS[row.name]
     with use_backend("triton"), Recording() as recording:
         outputs = seeded(call, *call.leaves, **{row.more: True})
+        outputs = differentiable(row, outputs)
         torch.autograd.backward(outputs, [cotangent(out) for out in outputs])
     assert recording.calls.keys() == {operator.forward, operator.backward}
     return operator, recording.calls[operator.forward], recording.calls[operator.backward]

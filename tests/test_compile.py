@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.calls import BOTH, Call, alone, assert_same, draw, each, eager, fixed, gradients, kinds, random, seeded
+from tests.calls import BOTH, Call, alone, assert_same, differentiable, draw, each, eager, fixed, gradients, kinds, random, seeded
 from triton_attn import CATALOG, operators, use_backend
 from triton_attn.mechanism import Case, Mechanism
 
@@ -79,7 +79,9 @@ def test_every_output_is_compiled(row: Mechanism, case: Case, backend: str) -> N
         found = compiled(call, backend="aot_eager")(*call.leaves, **{row.more: True})
         expected = call(*call.leaves, **{row.more: True})
         assert_same(tuple(found), tuple(expected), backend)
-    a, b = (torch.autograd.grad(outputs[-1].sum(), call.leaves, materialize_grads=True) for outputs in (found, expected))
+    a, b = (
+        torch.autograd.grad(differentiable(row, outputs)[-1].sum(), call.leaves, materialize_grads=True) for outputs in (found, expected)
+    )
     assert_same(a, b, backend)
 
 

@@ -16,6 +16,7 @@ from triton_attn.functional.linear_attention import linear_attention, linear_att
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.norm_matched_add import norm_matched_add
 from triton_attn.functional.performer_attention import orthogonal_projection, performer_attention
+from triton_attn.functional.pool_tokens import pool_tokens
 from triton_attn.functional.ripple_attention import ripple_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention
 from triton_attn.functional.selective_scan import selective_scan, selective_scan_fn
@@ -61,6 +62,7 @@ __all__ = [
     "orthogonal_projection",
     "patch",
     "performer_attention",
+    "pool_tokens",
     "ripple_attention",
     "scaled_dot_product_attention",
     "sdpa_override",

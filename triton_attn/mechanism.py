@@ -44,6 +44,7 @@ class Output:
     axes: str
     dtype: Literal["like inputs", "float32"] = "like inputs"
     ordered_as: str = ""  # an input; none: contiguous
+    differentiable: bool = True
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,12 @@ class Operator:
         grads = ", ".join(f"Tensor? grad_{name}" for name in row.outputs)
         outputs = ", ".join(f"Tensor {name}" for name in row.outputs)
         returned = ", ".join("Tensor" for _ in row.outputs)
-        gradients = ", ".join("Tensor" for _ in row.differentiable)
+        # a list of one, where torch would take a tuple of one for the tensor itself
+        gradients = "Tensor[]" if len(row.differentiable) == 1 else f"({', '.join('Tensor' for _ in row.differentiable)})"
         self.forward = self._define(row.name, f"({inputs}{options}) -> ({returned})", self._run, self._fake)
         self.backward = self._define(
             f"{row.name}_backward",
-            f"({grads}, {inputs}, {outputs}{options}, bool[] needs) -> ({gradients})",
+            f"({grads}, {inputs}, {outputs}{options}, bool[] needs) -> {gradients}",
             self._run_backward,
             self._fake_backward,
         )
@@ -201,10 +202,12 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
     forward, backward = operator.forward, operator.backward
     split = len(operator.inputs)
     positions = tuple(operator.inputs.index(name) for name in operator.row.differentiable)
+    constant = tuple(i for i, given in enumerate(operator.row.outputs.values()) if not given.differentiable)
 
     def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         ctx.save_for_backward(*args[:split], *outputs)
         ctx.options = args[split:]
+        ctx.mark_non_differentiable(*(outputs[i] for i in constant))
         ctx.set_materialize_grads(False)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -226,7 +229,7 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return backward(*args)
+            return tuple(backward(*args))  # of a list autograd would see no tensor
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

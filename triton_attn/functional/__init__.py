@@ -8,6 +8,7 @@ from triton_attn.functional.dilated_attention import ROW as dilated_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
 from triton_attn.functional.norm_matched_add import ROW as norm_matched_add
+from triton_attn.functional.pool_tokens import ROW as pool_tokens
 from triton_attn.functional.selective_scan import ROW as selective_scan
 from triton_attn.functional.strided_attention import ROW as strided_attention
 from triton_attn.functional.subset_attention import ROW as subset_attention
@@ -20,6 +21,7 @@ ROWS = (
     subset_attention,
     dilated_attention,
     linear_attention,
+    pool_tokens,
     selective_scan,
     causal_conv1d,
     add_layer_norm,

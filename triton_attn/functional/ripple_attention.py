@@ -15,6 +15,7 @@ from triton_attn.arguments import ArgumentError
 from triton_attn.functional import _softmax as softmax
 from triton_attn.functional.linear_attention import FEATURE_MAPS, linear_attention
 from triton_attn.functional.linear_attention import ROW as LINEAR
+from triton_attn.functional.pool_tokens import pool_tokens
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]  # weight and bias of a linear layer, weight and bias of the LayerNorm after it
 _WHO: Any = SimpleNamespace(name="ripple_attention")
@@ -42,7 +43,8 @@ def ripple_attention(
         out_i = sum_j c_j <phi(q_i), phi(k_j)> v_j / (sum_j c_j <phi(q_i), phi(k_j)> + eps),
 
     then, for each stage that pooled, backwards: out <- out + GELU(LN(W'_s out + b'_s)). Prefix tokens, such as a class token, are keys
-    that are never pooled. With num_stages = 0 this is `triton_attn.linear_attention`.
+    that are never pooled. With num_stages = 0 this is `triton_attn.linear_attention`. Pooling and the linear attention run in kernels,
+    `triton_attn.pool_tokens` and `triton_attn.linear_attention`; the layers W and W' in torch.
 
     Args:
         query: (B, H, N, D), float16, bfloat16, float32 or float64.
@@ -62,7 +64,7 @@ def ripple_attention(
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
-        Unsupported: use_backend("triton") was asked for and no kernel can serve the linear attention.
+        Unsupported: use_backend("triton") was asked for and no kernel can serve the pooling or the linear attention.
 
     Source: RippleAttention of Linear-ViT, with pooling before phi (after it scores may be negative), over the image's two axes, weighted
     by counts. It shares only the name with Zheng et al., "Ripple Attention for Visual Perception with Sub-quadratic Complexity", 2021.
@@ -83,23 +85,27 @@ def ripple_attention(
         for stage in range(stages):
             _check_layer(f"{name}[{stage}]", layers[stage], width)
 
-    count = query.new_ones(query.shape[0], 1, n, 1)
+    count = query.new_ones(query.shape[0], n, dtype=torch.promote_types(query.dtype, torch.float32))
     if key_padding_mask is not None:
-        hidden = key_padding_mask[:, None, :, None]
-        key, value, count = (x.masked_fill(hidden, 0.0) for x in (key, value, count))
-    first = [x[:, :, :prefix] for x in (key, value, count)]
-    cells = [x[:, :, prefix:].reshape(*x.shape[:2], *grid, x.shape[3]) for x in (key, value, count)]
+        count = count.masked_fill(key_padding_mask, 0.0)
+    first = [key[:, :, :prefix], value[:, :, :prefix], count[:, :prefix]]
+    key, value, count = key[:, :, prefix:], value[:, :, prefix:], count[:, prefix:]
     pooled, most = 0, 1
     while pooled < stages and grid[0] * grid[1] > 1:
-        key, value, count = cells = _means(*cells)
-        cells[0] = key + _layer(key, pool[pooled])
+        value = pool_tokens(value, rows=grid[0], count=count)
+        key, count = pool_tokens(key, rows=grid[0], count=count, return_count=True)
+        key = key + _layer(key, pool[pooled])
         most *= min(grid[0], 2) * 2
-        grid = (key.shape[2], key.shape[3])
+        grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
         pooled += 1
-    key, value, count = (torch.cat((a, b.flatten(2, 3)), 2) for a, b in zip(first, cells, strict=True))
+    key, value = (torch.cat((a, b), 2) for a, b in zip(first, (key, value), strict=False))
+    count = torch.cat((first[2], count), 1)
+    gone = count == 0 if key_padding_mask is not None else None
+    if gone is not None:  # what was never pooled may be NaN
+        key, value = (x.masked_fill(gone[:, None, :, None], 0.0) for x in (key, value))
     # counts relative to a full cell's, or products of large ones would leave float16
     full = 1.0 / most
-    out = _weighted(query, key, value, count * full, feature_map, eps * full, absent=key_padding_mask is not None)
+    out = _weighted(query, key, value, (count * full)[:, None, :, None].to(key.dtype), feature_map, eps * full, gone)
     for stage in reversed(range(pooled)):
         out = out + _layer(out, expand[stage])
     return out
@@ -117,27 +123,13 @@ def _check_layer(name: str, layer: Layer, width: int) -> None:
         raise ArgumentError(_WHO.name, name, f"has shapes {shapes}; allowed: {allowed}, a linear layer and a LayerNorm")
 
 
-def _means(key: Tensor, value: Tensor, count: Tensor) -> list[Tensor]:
-    """Cells of 2 x 2 of (B, H, rows, columns, .) in one, weighted by their counts; a grid of one row keeps it."""
-    rows, columns = key.shape[2:4]
-    height, wide = min(rows, 2), torch.promote_types(key.dtype, torch.float32)
-    summed, weight = [], count.to(wide)
-    for x in (key * weight, value * weight, weight):
-        x = F.pad(x, (0, 0, 0, columns % 2, 0, rows % height))
-        x = x.view(*x.shape[:2], -1, height, x.shape[3] // 2, 2, x.shape[4])
-        summed.append(x.sum((3, 5)))
-    total = summed[2].clamp(min=1)
-    return [(summed[0] / total).to(key.dtype), (summed[1] / total).to(value.dtype), summed[2].to(count.dtype)]
-
-
 def _layer(x: Tensor, layer: Layer) -> Tensor:
     weight, bias, norm_weight, norm_bias = layer
     return F.gelu(F.layer_norm(F.linear(x, weight, bias), bias.shape, norm_weight, norm_bias))
 
 
-def _weighted(query: Tensor, key: Tensor, value: Tensor, count: Tensor, feature_map: str, eps: float, *, absent: bool) -> Tensor:
+def _weighted(query: Tensor, key: Tensor, value: Tensor, count: Tensor, feature_map: str, eps: float, gone: Tensor | None) -> Tensor:
     """Linear attention in which each key counts `count` times."""
-    gone = count.expand(-1, -1, -1, 1)[:, 0, :, 0] == 0 if absent else None
     if feature_map in ("relu", "crelu"):  # c phi(k) = phi(c k)
         key = key * count
     else:
