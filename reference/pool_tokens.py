@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,13 +38,13 @@ def bound(
     """S of the componentwise bound |error| <= K u S: sums of at most four products, a quotient, a rounding."""
     weight, member = _weights(x, count, key_padding_mask), _members(x, rows)
     total = weight @ member
-    means = pool_tokens(x.abs(), rows=rows, count=count, key_padding_mask=key_padding_mask)
+    means: Any = pool_tokens(x.abs(), rows=rows, count=count, key_padding_mask=key_padding_mask)
     share = weight / (total.masked_fill(total == 0, 1.0) @ member.mT)
     return {
         "out": 2 * means,
         "pooled_count": total,
         "x": 2 * share[:, None, :, None] * torch.einsum("bhcd,nc->bhnd", grad_out.abs(), member),
-    }  # type: ignore[operator]
+    }
 
 
 def _weights(x: Tensor, count: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:

@@ -87,6 +87,8 @@ def test_per_sample_gradients_are_a_loop_of_gradients(row: Mechanism, case: Case
 @BOTH
 def test_what_the_samples_share_has_a_gradient_for_each_of_them(row: Mechanism, case: Case, backend: str) -> None:
     call = draw(row, case)
+    if len(call.positions) == 1:
+        pytest.skip("one input alone: nothing else is mapped")
     for shared in call.positions:
         differentiate = torch.func.grad(call.total, shared)
         axes = tuple(None if i == shared else 0 for i in call.positions)

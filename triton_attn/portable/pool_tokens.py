@@ -32,6 +32,6 @@ def _summed(x: Tensor, rows: int) -> Tensor:
     """(B, H, N, .) over cells. Padded alike at any length, and never dense once cut: compiled, odd lengths need no graph of their own."""
     columns, height = x.shape[2] // rows, min(rows, 2)
     wide, tall = (columns + 1) // 2, (rows + height - 1) // height
-    x = F.pad(x.unflatten(2, (rows, columns)), (0, 0, 0, 2, 0, height - 1))
-    x = x[:, :, : tall * height, : wide * 2].unflatten(3, (wide, 2)).unflatten(2, (tall, height))
+    x = F.pad(torch.unflatten(x, 2, (rows, columns)), (0, 0, 0, 2, 0, height - 1))
+    x = torch.unflatten(torch.unflatten(x[:, :, : tall * height, : wide * 2], 3, (wide, 2)), 2, (tall, height))
     return x.sum((3, 5)).flatten(2, 3)
