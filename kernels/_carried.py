@@ -33,7 +33,10 @@ def narrowed(x, LIKE: tl.constexpr):
 @triton.jit
 def head_place(batch, head, group, strides):
     """Where a head of a tensor begins that has one for each `group`, and perhaps members of its own in it."""
-    return batch * strides[0] + (head // group).to(tl.int64) * strides[1] + (head % group).to(tl.int64) * strides[4]
+    place = batch * strides[0] + (head // group).to(tl.int64) * strides[1]
+    if len(strides) == 5:
+        place += (head % group).to(tl.int64) * strides[4]
+    return place
 
 
 @triton.jit

@@ -121,9 +121,9 @@ class Call:
 
 
 def strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of batch, heads, lines and columns, and last of the members of a head: 0 where the heads of a group share one."""
+    """Of batch, heads, lines and columns, and last of the members of a head, where it has some: others would cost registers."""
     batch, head, *member, line, column = tensor.stride()
-    return batch, head, line, column, member[0] if member else 0
+    return batch, head, line, column, *member
 
 
 def operands(dtype: torch.dtype, *widths: int) -> str:
