@@ -31,6 +31,15 @@ def narrowed(x, LIKE: tl.constexpr):
 
 
 @triton.jit
+def head_place(batch, head, group, strides):
+    """Where a head of a tensor begins that has one for each `group`, and perhaps members of its own in it."""
+    place = batch * strides[0] + (head // group).to(tl.int64) * strides[1]
+    if len(strides) == 5:
+        place += (head % group).to(tl.int64) * strides[4]
+    return place
+
+
+@triton.jit
 def load_features(
     base, lines, inside, strides, first, factor, MAP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -108,8 +117,8 @@ def sum_kernel(
     program = tl.program_id(0)
     at_span, block, pair = program % spans, program // spans % blocks, program // spans // blocks
     batch, head = (pair // heads).to(tl.int64), pair % heads
-    y_base = y_ptr + batch * y_strides[0] + (head // head_groups[0]).to(tl.int64) * y_strides[1]
-    z_base = z_ptr + batch * z_strides[0] + (head // head_groups[1]).to(tl.int64) * z_strides[1]
+    y_base = y_ptr + head_place(batch, head, head_groups[0], y_strides)
+    z_base = z_ptr + head_place(batch, head, head_groups[1], z_strides)
     row = pair.to(tl.int64) * len_y
     state = tl.zeros((BLOCK_Y, BLOCK_Z), tl.float32)
     side = tl.zeros((BLOCK_Y,), tl.float32)
@@ -221,11 +230,11 @@ def walk_kernel(
     program = tl.program_id(0)
     at_span, block, pair = program % spans, program // spans % blocks, program // spans // blocks
     batch, head = (pair // heads).to(tl.int64), pair % heads
-    x_base = x_ptr + batch * x_strides[0] + (head // head_groups[0]).to(tl.int64) * x_strides[1]
-    y_base = y_ptr + batch * y_strides[0] + (head // head_groups[1]).to(tl.int64) * y_strides[1]
-    z_base = z_ptr + batch * z_strides[0] + (head // head_groups[2]).to(tl.int64) * z_strides[1]
+    x_base = x_ptr + head_place(batch, head, head_groups[0], x_strides)
+    y_base = y_ptr + head_place(batch, head, head_groups[1], y_strides)
+    z_base = z_ptr + head_place(batch, head, head_groups[2], z_strides)
     state_head = (head // head_groups[3]).to(tl.int64)
-    out_base = out_ptr + batch * out_strides[0] + head.to(tl.int64) * out_strides[1]
+    out_base = out_ptr + head_place(batch, head, head_groups[5], out_strides)
     x_row, y_row = pair.to(tl.int64) * len_x, pair.to(tl.int64) * len_y
     rows, rows_there = state_places(0, WIDTH_Y, PADDED_Y, BLOCK_Y)
     columns, columns_there = state_places(block * BLOCK_Z, WIDTH_Z, PADDED_Z, BLOCK_Z)
@@ -295,7 +304,7 @@ def walk_kernel(
             # what phi hands back to its argument; the halves of crelu write disjoint elements
             features = block * BLOCK_Z + tl.arange(0, BLOCK_Z)
             places = (features % PADDED_Z).to(tl.int64)
-            at = own_ptr + batch * own_strides[0] + (head // head_groups[4]).to(tl.int64) * own_strides[1]
+            at = own_ptr + head_place(batch, head, head_groups[4], own_strides)
             kept = shown[:, None] & columns_there[None, :]
             own = tl.load(at + lines[:, None] * own_strides[2] + places[None, :] * own_strides[3], mask=kept, other=0.0).to(tl.float32)
             upper = (features < PADDED_Z)[None, :]

@@ -22,7 +22,7 @@ LIKE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: t
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor (B, heads, length, width) as x, y or z: its features, times a number, times a factor for each line."""
+    """A tensor (B, heads, [members,] length, width) as x, y or z: its features, times a number, times a factor for each line."""
 
     tensor: Tensor
     feature_map: str = "identity"
@@ -115,8 +115,15 @@ class Call:
     def blocks(self, z: Operand) -> int:
         return z.padded * z.halves // self.columns(z)
 
-    def group(self, operand: Operand) -> int:
-        return self.heads // operand.tensor.shape[1] if operand.tensor.shape[1] else 1
+    def group(self, tensor: Tensor) -> int:
+        """How many heads of the call are one of the tensor's, or members of one."""
+        return self.heads // tensor.shape[1] if tensor.shape[1] else 1
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of batch, heads, lines and columns, and last of the members of a head, where it has some: others would cost registers."""
+    batch, head, *member, line, column = tensor.stride()
+    return batch, head, line, column, *member
 
 
 def operands(dtype: torch.dtype, *widths: int) -> str:
@@ -131,7 +138,7 @@ def key_of(query: Tensor, value: Tensor, feature_map: str, plain: bool, causal: 
     """What this call's tiles depend on; its width is that of features or values."""
     q = Operand(query, feature_map)
     width = max(WIDTHS[0], q.halves * q.padded, padded(value.shape[-1]))
-    lengths = (bucket(query.shape[2]), bucket(value.shape[2]))
+    lengths = (bucket(query.shape[-2]), bucket(value.shape[-2]))
     return Key(operands(query.dtype, width), width, plain, lengths, causal)
 
 
@@ -141,7 +148,7 @@ def padded(width: int) -> int:
 
 def sums(call: Call, y: Operand, z: Operand, initial: State) -> tuple[State, State]:
     """(the states before each span of y's length, the state after all of them)."""
-    batch, length = y.tensor.shape[0], y.tensor.shape[2]
+    batch, length = y.tensor.shape[0], y.tensor.shape[-2]
     spans, heads = call.spans(length), call.heads
     padding = None if call.reverse else call.padding  # backwards the sums are of queries
     like: dict[str, Any] = {"dtype": torch.float32, "device": y.tensor.device}
@@ -158,11 +165,11 @@ def sums(call: Call, y: Operand, z: Operand, initial: State) -> tuple[State, Sta
             padding,
             state,
             beside,
-            y.tensor.stride(),
-            z.tensor.stride(),
+            strides(y.tensor),
+            strides(z.tensor),
             (0, 0) if padding is None else padding.stride(),
             heads,
-            (call.group(y), call.group(z)),
+            (call.group(y.tensor), call.group(z.tensor)),
             call.blocks(z),
             spans,
             call.span,
@@ -181,10 +188,10 @@ def _prefix(part: Tensor, total: Tensor, initial: Tensor | None, lead: int) -> N
     spans, batch, heads, rows, columns = part.shape
     count, block = rows * columns, 512
     blocks = triton.cdiv(count, block)
-    strides = (0, 0, 0, 0) if initial is None else initial.stride()
+    starts = (0, 0, 0, 0) if initial is None else initial.stride()
     with device.guard(part):
         _carried.prefix_kernel[grid(batch * heads * blocks)](
-            part, initial, total, strides, heads, lead, blocks, spans, count, columns, BLOCK=block
+            part, initial, total, starts, heads, lead, blocks, spans, count, columns, BLOCK=block
         )
 
 
@@ -207,11 +214,11 @@ def walk(
     eps: float = 0.0,
     last: State | None = None,
 ) -> None:
-    """Fill `out` (B, heads, length of x, width of z); `own` is what z are features of, and asks for its gradient. `last` is filled too."""
-    batch, length = x.tensor.shape[0], x.tensor.shape[2]
+    """Fill `out`, as many lines as x has and columns as z; `own`, what z are features of, asks for its gradient. `last` is filled too."""
+    batch, length = x.tensor.shape[0], x.tensor.shape[-2]
     spans, last = call.spans(length), last or State(None)
     # where the state is written, those heads write it that are the first of their group
-    sharing = _sharing(state, call) if last.state is None else call.group(y)
+    sharing = _sharing(state, call) if last.state is None else call.group(y.tensor)
     lead = state.lead if last.state is None else sharing
     own_tensor = z.tensor if own is None else own.tensor
     (start, start_strides), (beside, beside_strides) = _spanned(state.state, 5), _spanned(state.side, 4)
@@ -233,22 +240,22 @@ def walk(
             beside,
             last.state,
             last.side,
-            x.tensor.stride(),
-            y.tensor.stride(),
-            z.tensor.stride(),
+            strides(x.tensor),
+            strides(y.tensor),
+            strides(z.tensor),
             (0, 0) if call.padding is None else call.padding.stride(),
-            own_tensor.stride(),
-            out.stride(),
+            strides(own_tensor),
+            strides(out),
             start_strides,
             beside_strides,
             call.heads,
-            (*map(call.group, (x, y, z)), sharing, call.heads // own_tensor.shape[1]),
+            (*map(call.group, (x.tensor, y.tensor, z.tensor)), sharing, call.group(own_tensor), call.group(out)),
             lead,
             call.blocks(z),
             spans,
             call.span,
             length,
-            y.tensor.shape[2],
+            y.tensor.shape[-2],
             x.scale,
             y.scale,
             z.scale,

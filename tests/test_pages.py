@@ -48,6 +48,7 @@ local_features, memory_tokens, memory = torch.randn(2, 70, 768), torch.randn(2, 
 block = triton_attn.nn.HierarchicalAttentionBlock(768, 12, "local_global", global_mode="first", combine="average")
 torch.save(block.state_dict(), "theirs.pt")
 """,
+    "hydra_attention": f"{HEADS}; query_branches = torch.stack((query, query), 1)",
     "integrations": """
 model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
 x = torch.randn(2, 9, 32)

@@ -1,7 +1,8 @@
 """The catalogue's vocabulary: what a mechanism is, takes, gives and costs. A leaf: no torch, no triton.
 
 Axes have one letter each, everywhere in the package: `b` batch, `h` heads, `g` key and value heads, `m` queries, `n` keys,
-`d` query and key width, `e` value width. In recurrences `l` time, `d` channels, `s` state, `q` sequences, `p` = `q` + 1 their offsets.
+`d` query and key width, `e` value width, `r` branches of queries.
+In recurrences `l` time, `d` channels, `s` state, `q` sequences, `p` = `q` + 1 their offsets.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class Law(Enum):
     KEY_ORDER_CHANGES_NOTHING = "permuting keys and values together changes nothing"
     BATCH_CHANGES_NOTHING = "an item alone gives the bits it gives in a batch"
     RESUMES = "one call is two, the second beginning with the state of the first"
+    BRANCH_ORDER_CHANGES_NOTHING = "permuted branches give permuted outputs, bit by bit"
     REDUCES_TO_ATTENTION = "with the arguments that leave nothing out it is dense attention"
 
 

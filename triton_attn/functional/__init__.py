@@ -5,6 +5,7 @@ from triton_attn.functional.attention import ROW as attention
 from triton_attn.functional.attention_varlen import ROW as attention_varlen
 from triton_attn.functional.causal_conv1d import ROW as causal_conv1d
 from triton_attn.functional.dilated_attention import ROW as dilated_attention
+from triton_attn.functional.hydra_attention import ROW as hydra_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
 from triton_attn.functional.norm_matched_add import ROW as norm_matched_add
@@ -21,6 +22,7 @@ ROWS = (
     subset_attention,
     dilated_attention,
     linear_attention,
+    hydra_attention,
     pool_tokens,
     selective_scan,
     causal_conv1d,

@@ -43,18 +43,19 @@ def _rows_sum_to_one(row: Mechanism, call: Call, tensors: dict[str, Any], option
 
 def _future_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
     options["causal"] = True if row.options["causal"] == "bool" else "top_left"
-    if row.options["causal"] == "bool" and tensors["query"].shape[2] != tensors["key"].shape[2]:
+    query = next(iter(row.inputs))
+    if row.options["causal"] == "bool" and tensors[query].shape[-2] != tensors["key"].shape[2]:
         return  # no alignment to choose
     n = tensors["key"].shape[2]
     past = n // 2
-    for name in ("query", "key", "value"):
+    for name in (query, "key", "value"):
         tensors[name].requires_grad_()
-    out = call(**tensors, **options)[:, :, :past]
+    out = call(**tensors, **options)[..., :past, :]
     gradients = torch.autograd.grad(out.sum(), (tensors["key"], tensors["value"]))
     for name, gradient in zip(("key", "value"), gradients, strict=True):
         assert not gradient[:, :, past:].any(), f"a later {name} gets a gradient"
     changed = {**tensors, **{name: _replaced(tensors[name], past) for name in ("key", "value")}}
-    assert torch.equal(out, call(**changed, **options)[:, :, :past]), "a later key changed an output"
+    assert torch.equal(out, call(**changed, **options)[..., :past, :]), "a later key changed an output"
 
 
 def _padding_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
@@ -66,10 +67,11 @@ def _padding_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any]
     grown = {name: torch.cat((tensors[name], torch.full_like(tensors[name][:, :, :7], torch.nan)), 2) for name in ("key", "value")}
     added = grown["key"].shape[2] - n
     after = torch.cat((before, torch.ones(batch, added, dtype=torch.bool)), 1)
-    if row.inputs["query"].axes.split()[2] == row.inputs["key"].axes.split()[2] or row.equal_lengths(options):
-        grown["query"] = torch.cat((tensors["query"], tensors["query"][:, :, :added]), 2)
+    query = next(iter(row.inputs))
+    if row.inputs[query].axes.split()[-2] == row.inputs["key"].axes.split()[2] or row.equal_lengths(options):
+        grown[query] = torch.cat((tensors[query], tensors[query][..., :added, :]), -2)
     alone = call(**{**tensors, "key_padding_mask": before}, **options)
-    padded = call(**{**tensors, **grown, "key_padding_mask": after}, **options)[:, :, : alone.shape[2]]
+    padded = call(**{**tensors, **grown, "key_padding_mask": after}, **options)[..., : alone.shape[-2], :]
     if exact:
         assert torch.equal(alone, padded), "keys that are masked changed an output"
     else:
@@ -86,6 +88,16 @@ def _key_order_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, An
     if tensors["key_padding_mask"] is not None:
         moved["key_padding_mask"] = tensors["key_padding_mask"][:, order]
     _assert_close(row, tensors, options, call(**{**tensors, **moved}, **options), call(**tensors, **options))
+
+
+def _branch_order_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
+    query = next(name for name, given in row.inputs.items() if "r" in given.axes.split())
+    order = torch.randperm(tensors[query].shape[1], generator=torch.Generator().manual_seed(1)).flip(0)
+    out, moved = call(**tensors, **options), call(**{**tensors, query: tensors[query][:, order]}, **options)
+    if exact:
+        assert torch.equal(moved, out[:, order]), "a branch depends on its place among the others"
+    else:
+        _assert_close(row, {**tensors, query: tensors[query][:, order]}, options, moved, out[:, order])
 
 
 def _batch_changes_nothing(row: Mechanism, call: Call, tensors: dict[str, Any], options: dict[str, Any], exact: bool) -> None:
@@ -249,6 +261,7 @@ _CHECKS: Mapping[Law, Callable[[Mechanism, Call, dict[str, Any], dict[str, Any],
     Law.FUTURE_CHANGES_NOTHING: _future_changes_nothing,
     Law.PADDING_CHANGES_NOTHING: _padding_changes_nothing,
     Law.KEY_ORDER_CHANGES_NOTHING: _key_order_changes_nothing,
+    Law.BRANCH_ORDER_CHANGES_NOTHING: _branch_order_changes_nothing,
     Law.BATCH_CHANGES_NOTHING: _batch_changes_nothing,
     Law.RESUMES: _resumes,
     Law.REDUCES_TO_ATTENTION: _reduces_to_attention,

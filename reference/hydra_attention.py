@@ -1,0 +1,35 @@
+"""Hydra attention by its definition, in naive PyTorch: every score of every branch, all of them in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_attn.reference._features import features
+
+
+def hydra_attention(
+    query_branches: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "crelu",
+    causal: bool = False,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """out_ri = sum_j a_rij v_j / (sum_j a_rij + eps), a_rij = scale <phi(q_ri), phi(k_j)>, beside the sums over keys."""
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    phi_q, phi_k = features(query_branches, feature_map), features(key, feature_map)
+    if key_padding_mask is not None:
+        phi_k = phi_k.masked_fill(hidden, 0.0)
+    scores = torch.einsum("brhmf,bhnf->brhmn", phi_q, phi_k) * (1.0 if scale is None else scale)
+    scores = scores.tril() if causal else scores
+    out = torch.einsum("brhmn,bhne->brhme", scores, value) / (scores.sum(-1, keepdim=True) + eps)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    state = torch.einsum("bhnf,bhne->bhfe", phi_k.to(wide), value.to(wide))
+    return (out, state, phi_k.to(wide).sum(2)) if return_state else out
