@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn import arguments, operators
@@ -78,6 +80,16 @@ def _work(sizes: Sizes, options: Options, itemsize: int) -> Work:
     return Work(flops=2.0 * b * h * n * d, bytes=float(itemsize * b * h * d * (n + c) + 4 * b * (n + c)))
 
 
+def _average_pool(x: Tensor, *, rows: int = 1, count: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+    """torch's own pooling of channels first, for tokens that count alike."""
+    if count is not None or key_padding_mask is not None:
+        raise NotImplementedError("its tokens have no weights")
+    heads, width = x.shape[1], x.shape[3]
+    channels = torch.unflatten(x, 2, (rows, x.shape[2] // rows)).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    pooled = F.avg_pool2d(channels, (min(rows, 2), 2), ceil_mode=True)
+    return torch.unflatten(pooled, 1, (heads, width)).permute(0, 1, 3, 4, 2).flatten(2, 3)
+
+
 def _case(name: str, b: int, h: int, n: int, d: int, **options: Any) -> Case:
     sizes = {"b": b, "h": h, "n": n, "d": d}
     return Case(name, {**sizes, **_cells(sizes, options)}, options)
@@ -115,7 +127,7 @@ ROW = Mechanism(
         "cpu": (_case("64 x 64 tokens", 1, 12, 4096, 64, rows=64),),
         "cuda": (_case("64 x 64 tokens, batch 16", 16, 12, 4096, 64, rows=64), _case("64k tokens", 1, 16, 65536, 64)),
     },
-    peers={},
+    peers={"F.avg_pool2d": _average_pool},
     laws=(Law.BATCH_CHANGES_NOTHING,),
     equal_lengths=lambda options: False,
     derived=_cells,
