@@ -63,6 +63,7 @@ batch_size, prompt, token = 2, torch.randn(2, 5, 768), torch.randn(2, 1, 768)
 """,
     "norm_matched_add": "x, branch = torch.randn(2, 3, 10, 16).unbind(); weight = torch.full((1,), 0.1)",
     "performer_attention": HEADS,
+    "pool_tokens": "x, mask = torch.randn(2, 3, 196, 16), torch.rand(2, 196) > 0.8",
     "selective_scan": """
 u, delta, z = torch.randn(3, 2, 8, 20).unbind()
 A, B, C, D, delta_bias = -torch.rand(8, 4), torch.randn(2, 4, 20), torch.randn(2, 4, 20), torch.randn(8), torch.randn(8)

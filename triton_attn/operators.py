@@ -77,12 +77,11 @@ class Operator:
         grads = ", ".join(f"Tensor? grad_{name}" for name in row.outputs)
         outputs = ", ".join(f"Tensor {name}" for name in row.outputs)
         returned = ", ".join("Tensor" for _ in row.outputs)
-        # a list of one, where torch would take a tuple of one for the tensor itself
-        gradients = "Tensor[]" if len(row.differentiable) == 1 else f"({', '.join('Tensor' for _ in row.differentiable)})"
+        gradients = ", ".join(["Tensor"] * max(len(row.differentiable), 2))
         self.forward = self._define(row.name, f"({inputs}{options}) -> ({returned})", self._run, self._fake)
         self.backward = self._define(
             f"{row.name}_backward",
-            f"({grads}, {inputs}, {outputs}{options}, bool[] needs) -> {gradients}",
+            f"({grads}, {inputs}, {outputs}{options}, bool[] needs) -> ({gradients})",
             self._run_backward,
             self._fake_backward,
         )
@@ -132,9 +131,9 @@ class Operator:
         with device.guard(args[len(grads)]):
             computed = code.backward(*grads, **tensors, **saved, **options, needs=tuple(needs))
         if all(needs):
-            return computed  # type: ignore[no-any-return]
+            return _two(computed)
         # as the fake says; and an operator may not return one tensor twice
-        return tuple(gradient if need else gradient.new_empty(0) for gradient, need in zip(computed, needs, strict=True))
+        return _two(tuple(gradient if need else gradient.new_empty(0) for gradient, need in zip(computed, needs, strict=True)))
 
     def _split_backward(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], dict[str, Any], dict[str, Any], Sequence[bool]]:
         first = len(self.row.outputs)
@@ -158,11 +157,13 @@ class Operator:
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         _, tensors, _, _, needs = self._split_backward(args)
         like = next(iter(tensors.values()))
-        return tuple(
-            (torch.empty_like(tensors[name]) if self.row.inputs[name].ordered else tensors[name].new_empty(tensors[name].shape))
-            if need
-            else like.new_empty(0)
-            for name, need in zip(self.row.differentiable, needs, strict=True)
+        return _two(
+            tuple(
+                (torch.empty_like(tensors[name]) if self.row.inputs[name].ordered else tensors[name].new_empty(tensors[name].shape))
+                if need
+                else like.new_empty(0)
+                for name, need in zip(self.row.differentiable, needs, strict=True)
+            )
         )
 
     def _sizes(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
         # a plain backward pass goes straight to the operator
         watched = _transforming() or (torch.is_grad_enabled() and not torch.compiler.is_compiling())
         computed = (Last.apply if watched else backward)(*grads, *ctx.saved_tensors, *ctx.options, needs)  # type: ignore[no-untyped-call]
-        for position, needed, gradient in zip(positions, needs, computed, strict=True):
+        for position, needed, gradient in zip(positions, needs, computed[: len(needs)], strict=True):
             result[position] = gradient if needed else None
         return tuple(result)
 
@@ -229,7 +230,7 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return tuple(backward(*args))  # of a list autograd would see no tensor
+            return backward(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -266,6 +267,11 @@ def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[
             return gradients(ctx, *grads)
 
     return Eager, Transformable
+
+
+def _two(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An empty vector beside a single gradient: torch takes a tuple of one for the tensor itself."""
+    return gradients if len(gradients) > 1 else (*gradients, gradients[0].new_empty(0))
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
