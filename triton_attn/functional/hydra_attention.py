@@ -138,9 +138,16 @@ def _as_linear(tensors: Tensors) -> dict[str, Any]:
 
 
 def _refuses(tensors: Tensors, options: Options) -> list[str]:
-    query = tensors["query_branches"]
-    named = {"query": query[:, 0], "value": tensors["value"], "key_padding_mask": tensors.get("key_padding_mask")}
-    return LINEAR.kernels[-1].refuses(named, {"feature_map": "crelu", **options})
+    """What linear attention's kernel refuses, and a key: the stride of branches costs registers."""
+    query, value, padded_keys = tensors["query_branches"], tensors["value"], tensors.get("key_padding_mask")
+    named, options = {"query": query, "value": value, "key_padding_mask": padded_keys}, {"feature_map": "crelu", **options}
+    reasons = LINEAR.kernels[-1].refuses(named, options)
+    exact = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    if not reasons and exact and padded_keys is not None and max(count(query.shape[-1], options["feature_map"]), value.shape[-1]) > 32:
+        reasons = [
+            f"query_branches has dtype {query.dtype}; exact float32 with key_padding_mask goes up to 32 columns of features or values"
+        ]
+    return reasons
 
 
 def _bound(
