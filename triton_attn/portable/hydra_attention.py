@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_attn.portable import _carried
-from triton_attn.reference._features import features
+from triton_attn.portable._linear import linear_attention
 
 
 def hydra_attention(
@@ -22,15 +21,18 @@ def hydra_attention(
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Hydra attention in O(N) time and memory."""
-    wide = torch.promote_types(key.dtype, torch.float32)
-    if key_padding_mask is not None:
-        hidden = key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    phi_q, phi_k = features(query_branches.to(wide), feature_map), features(key.to(wide), feature_map)
-    if key_padding_mask is not None:
-        phi_k = phi_k.masked_fill(hidden, 0.0)
-    walk = _carried.causal if causal else _carried.everything
-    both, last = walk(phi_q.transpose(1, 2), phi_k, _carried.with_ones(value.to(wide)), None)
-    both, scale = both.transpose(1, 2), 1.0 if scale is None else scale
-    out = (both[..., :-1] * (scale / (both[..., -1:] * scale + eps))).to(query_branches.dtype).contiguous()
-    return (out, last[..., :-1].contiguous(), last[..., -1].contiguous()) if return_state else out
+    branches, heads = query_branches.shape[1:3]
+    query = torch.flatten(query_branches.transpose(1, 2), 1, 2)  # branches are query heads that share a key head
+    out, state, normalizer = linear_attention(
+        query,
+        key,
+        value,
+        feature_map=feature_map,
+        causal=causal,
+        scale=scale,
+        eps=eps,
+        key_padding_mask=key_padding_mask,
+        return_state=True,
+    )
+    out = torch.unflatten(out, 1, (heads, branches)).transpose(1, 2).contiguous()
+    return (out, state, normalizer) if return_state else out
