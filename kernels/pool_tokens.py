@@ -23,7 +23,7 @@ VARYING = ["heads", "blocks", "rows", "columns", "cells", "wide"]
 
 @triton.jit
 def places(block, rows, columns, cells, wide, HEIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    """Some cells, which of them exist, and the row and column of their first token."""
+    """Some cells, which of them exist, and the row and column of their first token: beyond the grid where the cell does not exist."""
     cell = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     return cell, cell < cells, cell // wide * HEIGHT, cell % wide * 2
 
@@ -70,14 +70,14 @@ def forward_kernel(
     base = x + batch * x_strides[0] + head * x_strides[1] + column[None, :] * x_strides[3]
     for i in tl.static_range(HEIGHT):
         for j in tl.static_range(2):
-            there = live & (top + i < rows) & (left + j < columns)
+            there = (top + i < rows) & (left + j < columns)
             token = (top + i) * columns + left + j
             weight = weights(count, padding, batch, token, there, count_strides, padding_strides)
             seen = (weight != 0.0)[:, None] & (column < width)[None, :]
-            summed += weight[:, None] * tl.load(base + token[:, None] * x_strides[2], mask=seen, other=0.0).to(tl.float32)
+            summed += weight[:, None] * tl.load(base + token[:, None] * x_strides[2], mask=seen, other=0.0)
             total += weight
     mean = summed / tl.where(total == 0.0, 1.0, total)[:, None]
-    where = (pair.to(tl.int64) * cells + cell) * width
+    where = ((batch * heads + head) * cells + cell) * width
     tl.store(out + where[:, None] + column[None, :], mean, mask=live[:, None] & (column < width)[None, :])
     if head == 0:
         tl.store(pooled_count + batch * cells + cell, total, mask=live)
@@ -112,16 +112,15 @@ def backward_kernel(
     total = tl.load(pooled_count + batch * cells + cell, mask=live, other=0.0)
     seen = (total != 0.0)[:, None] & (column < width)[None, :]
     base = grad_out + batch * g_strides[0] + head * g_strides[1]
-    grad = tl.load(base + cell[:, None] * g_strides[2] + column[None, :] * g_strides[3], mask=seen, other=0.0).to(tl.float32)
+    grad = tl.load(base + cell[:, None] * g_strides[2] + column[None, :] * g_strides[3], mask=seen, other=0.0)
     grad /= tl.where(total == 0.0, 1.0, total)[:, None]
     for i in tl.static_range(HEIGHT):
         for j in tl.static_range(2):
-            there = live & (top + i < rows) & (left + j < columns)
+            there = (top + i < rows) & (left + j < columns)
             token = (top + i) * columns + left + j
             weight = weights(count, padding, batch, token, there, count_strides, padding_strides)[:, None]
-            where = (pair.to(tl.int64) * rows * columns + token) * width
-            own = tl.where(weight != 0.0, weight * grad, 0.0)
-            tl.store(dx + where[:, None] + column[None, :], own, mask=there[:, None] & (column < width)[None, :])
+            where = ((batch * heads + head) * rows * columns + token) * width
+            tl.store(dx + where[:, None] + column[None, :], weight * grad, mask=there[:, None] & (column < width)[None, :])
 
 
 def pool_tokens(

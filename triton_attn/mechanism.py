@@ -45,7 +45,7 @@ class Output:
     axes: str
     dtype: Literal["like inputs", "float32"] = "like inputs"
     ordered_as: str = ""  # an input; none: contiguous
-    differentiable: bool = True
+    differentiable: bool = True  # no: counts, for one
 
 
 @dataclass(frozen=True)

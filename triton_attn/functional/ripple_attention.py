@@ -85,15 +85,17 @@ def ripple_attention(
         for stage in range(stages):
             _check_layer(f"{name}[{stage}]", layers[stage], width)
 
-    count = query.new_ones(query.shape[0], n, dtype=torch.promote_types(query.dtype, torch.float32))
+    counted = query.new_ones(query.shape[0], n, dtype=torch.promote_types(query.dtype, torch.float32))
     if key_padding_mask is not None:
-        count = count.masked_fill(key_padding_mask, 0.0)
-    first = [key[:, :, :prefix], value[:, :, :prefix], count[:, :prefix]]
-    key, value, count = key[:, :, prefix:], value[:, :, prefix:], count[:, prefix:]
+        counted = counted.masked_fill(key_padding_mask, 0.0)
+    first = [key[:, :, :prefix], value[:, :, :prefix], counted[:, :prefix]]
+    key, value, count = key[:, :, prefix:], value[:, :, prefix:], counted[:, prefix:]
+    weights: dict[str, Any] = {"key_padding_mask": None if key_padding_mask is None else key_padding_mask[:, prefix:]}
     pooled, most = 0, 1
     while pooled < stages and grid[0] * grid[1] > 1:
-        value = pool_tokens(value, rows=grid[0], count=count)
-        key, count = pool_tokens(key, rows=grid[0], count=count, return_count=True)
+        value = pool_tokens(value, rows=grid[0], **weights)
+        key, count = pool_tokens(key, rows=grid[0], **weights, return_count=True)
+        weights = {"count": count}
         key = key + _layer(key, pool[pooled])
         most *= min(grid[0], 2) * 2
         grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)

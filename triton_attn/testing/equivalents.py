@@ -35,6 +35,9 @@ CHANNEL = "tl.load(pointer + channel * strides[0], mask=in_d, other="
 STATE_VECTOR = "tl.load(base + n.to(tl.int64) * strides[2] + t * strides[3], mask=inside, other=0.0)"
 FIRST = "tl.load(cu_ptr + sequence * cu_strides[0]).to(tl.int64)"
 END = "tl.load(cu_ptr + (sequence + 1) * cu_strides[0])"
+TOKENS = "tl.load(base + token[:, None] * x_strides[2], mask=seen, other="
+CELLS = "tl.load(base + cell[:, None] * g_strides[2] + column[None, :] * g_strides[3], mask=seen, other="
+HIDDEN = "tl.load(padding + batch * padding_strides[0] + token * padding_strides[1], mask=there, other="
 LAST_VISIT = "tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)"
 ROUNDED = "tl.minimum(anyone + tl.cdiv(everyone - anyone, BLOCK) * BLOCK, len_m)"
 
@@ -275,6 +278,14 @@ ARGUMENTS = (
         "alpha and the division by the width are float32, and so is what they meet: only a row's sum is narrow; norm_matched_add shows it",
         (f"rows_of: {ROWS}.to(tl.float32) -> {ROWS}",),
         ("add_layer_norm",),
+    ),
+    Argument(
+        "what is not loaded has weight 0 already, or stands in a column that is not stored",
+        (
+            f"forward_kernel: {TOKENS}0.0) -> {TOKENS}1)",
+            f"backward_kernel: {CELLS}0.0) -> {CELLS}1)",
+            f"weights: {HIDDEN}1) -> {HIDDEN}0)",
+        ),
     ),
     Argument(
         "a state that does not exist begins with 0 and is multiplied by B and C of 0; a channel that does not exist has u and dy of 0",
