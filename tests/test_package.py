@@ -121,6 +121,20 @@ print(perf_counter() - start)
     assert any(observe(code) < 0.5 for _ in range(3))
 
 
+@pytest.mark.parametrize("order", ["torch.utils.flop_counter, triton_attn", "triton_attn, torch.utils.flop_counter"])
+def test_the_flop_counter_knows_the_operators_whoever_is_imported_first(order: str) -> None:
+    code = f"""
+import sys, json, {order}
+names = [str(operator) for operator in torch.utils.flop_counter.flop_registry]
+print(json.dumps([name for name in names if name.startswith("triton_attn")]))
+"""
+    assert {"triton_attn.attention", "triton_attn.attention_backward"} <= set(observe(code))
+
+
+def test_importing_leaves_triton_for_the_first_kernel() -> None:
+    assert observe("import json, sys, torch, triton_attn; print(json.dumps('triton' in sys.modules))") is False
+
+
 def test_importing_starts_no_cuda_and_writes_connects_and_spawns_nothing() -> None:
     code = """
 import json, os, sys

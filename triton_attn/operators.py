@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from triton_attn import arguments, device, dispatch
+from triton_attn import arguments, device, dispatch, flops
 from triton_attn.mechanism import Mechanism, Options, Tensors
 
 NAMESPACE = "triton_attn"
@@ -196,7 +195,7 @@ class Operator:
             return int(forward_flops(*inputs, *shapes[2 * first + len(self.inputs) :]) * self.row.backward_share)
 
         for operator, formula in ((self.forward, forward_flops), (self.backward, backward_flops)):
-            register_flop_formula(operator.overloadpacket)(formula)
+            flops.register(operator.overloadpacket, formula)
 
 
 def _functions(operator: Operator) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
