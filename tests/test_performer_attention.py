@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import triton_attn
 from triton_attn import ArgumentError, attention, orthogonal_projection, performer_attention
-from triton_attn.functional.performer_attention import CHUNK
 from triton_attn.nn import LinearAttentionBlock, LinearSelfAttention, PerformerAttention
+from triton_attn.portable._carried import CHUNK
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 B, H, N, D, M = 2, 3, 4 * CHUNK + 21, 8, 20

@@ -15,7 +15,8 @@ from triton_attn.functional.hydra_attention import hydra_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
 from triton_attn.functional.norm_matched_add import norm_matched_add
-from triton_attn.functional.performer_attention import orthogonal_projection, performer_attention
+from triton_attn.functional.orthogonal_projection import orthogonal_projection
+from triton_attn.functional.performer_attention import performer_attention
 from triton_attn.functional.pool_tokens import pool_tokens
 from triton_attn.functional.ripple_attention import ripple_attention
 from triton_attn.functional.scaled_dot_product_attention import scaled_dot_product_attention

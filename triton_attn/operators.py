@@ -174,8 +174,8 @@ class Operator:
         return sizes
 
     def _register_vmap(self) -> None:
-        """A mapped axis is folded into the batch, and taken out of the results; a loop, where gradients sum over the batch."""
-        if any(not self.row.inputs[name].axes.startswith("b ") for name in self.row.differentiable):
+        """A mapped axis is folded into the batch, and taken out of the results; a loop, where something has no batch."""
+        if any(given.kind == "values" and not given.axes.startswith("b ") for given in self.row.inputs.values()):
             for operator in (self.forward, self.backward):
                 torch.library.register_vmap(operator, _looping(operator), lib=_LIBRARY)
             return

@@ -9,6 +9,7 @@ from triton_attn.functional.hydra_attention import ROW as hydra_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
 from triton_attn.functional.norm_matched_add import ROW as norm_matched_add
+from triton_attn.functional.performer_attention import ROW as performer_attention
 from triton_attn.functional.pool_tokens import ROW as pool_tokens
 from triton_attn.functional.selective_scan import ROW as selective_scan
 from triton_attn.functional.strided_attention import ROW as strided_attention
@@ -22,6 +23,7 @@ ROWS = (
     subset_attention,
     dilated_attention,
     linear_attention,
+    performer_attention,
     hydra_attention,
     pool_tokens,
     selective_scan,

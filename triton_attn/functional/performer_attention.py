@@ -1,24 +1,26 @@
-"""Performer attention: softmax attention by random features, which `linear_attention` sums, or a running maximum carries if causal."""
+"""Performer attention: softmax attention by random features. The public call and its row."""
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn import arguments
+from triton_attn import arguments, operators
 from triton_attn.arguments import ArgumentError, ArgumentTypeError
 from triton_attn.functional import _softmax as softmax
+from triton_attn.functional._softmax import case
 from triton_attn.functional.linear_attention import ROW as LINEAR
 from triton_attn.functional.linear_attention import linear_attention
+from triton_attn.mechanism import Case, Code, Input, Kernel, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
+from triton_attn.portable.performer_attention import performer_attention as portable
+from triton_attn.reference.performer_attention import bound
+from triton_attn.reference.performer_attention import performer_attention as reference
 
 KERNELS = ("softmax", "relu", "elu")
-CHUNK = 64
-_WHO: Any = SimpleNamespace(name="performer_attention")
+WIDEST = 128  # of the kernel's heads
 
 
 def performer_attention(
@@ -33,7 +35,7 @@ def performer_attention(
     scale: float | None = None,
     eps: float = 1e-6,
     key_padding_mask: Tensor | None = None,
-    initial_state: tuple[Tensor, ...] | None = None,
+    initial_state: tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
 ) -> Any:
     """Attention by M random features: out_i = sum_j <phi(q_i), phi(k_j)> v_j / (sum_j <phi(q_i), phi(k_j)> + eps), in O(N M E).
@@ -44,7 +46,7 @@ def performer_attention(
     "elu": phi(x) = M^-1/2 (elu(W x) + 1). "relu": M^-1/2 relu(W x).
 
     Args:
-        query: (B, H, N, D), float16, bfloat16, float32 or float64.
+        query: (B, H, N, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, G, Nk, D); G divides H, and query head h uses key head h // (H / G).
         value: (B, G, Nk, E).
         projection: W, (M, D), such as `orthogonal_projection` draws it; it gets no gradient.
@@ -53,62 +55,66 @@ def performer_attention(
         kernel_epsilon: of "softmax"; 0 and more. It keeps the sum of the scores away from 0.
         scale: of the softmax that is estimated; D ** -0.5 if None.
         eps: added to the sum of the scores, relative to their largest possible one; 0 and more.
-        key_padding_mask: (B, Nk) boolean, True = ignore: absent from numerator and denominator.
+        key_padding_mask: (B, Nk) boolean, True = ignore: absent from numerator and denominator, whatever lies there.
         initial_state: of earlier keys, under the same projection and scale: (S, z), (B, G, M, E) and (B, G, M), as `linear_attention`
             has them; for "softmax" (S, z, m) with m (B, G), S and z being divided by e^m. float32 (float64 for float64).
         return_state: also return the state after the last key. Its size does not grow with the number of keys.
 
     Returns:
-        (B, H, N, E) in the inputs' dtype; with return_state also the state, shaped and typed like initial_state.
+        (B, H, N, E) in the inputs' dtype; with return_state also the state, shaped and typed like initial_state; its m has no gradient.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
+        Unsupported: use_backend("triton") was asked for and no kernel can serve the call.
 
-    Source: Choromanski et al., "Rethinking Attention with Performers", 2021. Features are computed by torch, not in a kernel.
+    Source: Choromanski et al., "Rethinking Attention with Performers", 2021. Features of "softmax" are computed in the kernel and never
+    written; those of "elu" and "relu" by torch, which `linear_attention` sums.
     """
-    absent = dict.fromkeys(LINEAR.inputs)
-    tensors = {**absent, "query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
-    sizes = softmax.check(LINEAR, tensors)
+    tensors: dict[str, Any] = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
+    sizes = softmax.check(LINEAR, {**dict.fromkeys(LINEAR.inputs), **tensors})
     if not isinstance(projection, Tensor) or projection.ndim != 2 or projection.shape[1] != sizes["d"]:
         found = tuple(projection.shape) if isinstance(projection, Tensor) else type(projection).__name__
-        raise ArgumentError(_WHO.name, "projection", f"has shape {found}; allowed: (M, {sizes['d']})")
+        raise ArgumentError(ROW.name, "projection", f"has shape {found}; allowed: (M, {sizes['d']})")
+    arguments.at_least(ROW, "projection", "features", projection.shape[0], 1)
     for name, given in (("kernel_epsilon", kernel_epsilon), ("eps", eps)):
-        if arguments.finite(_WHO, name, given) < 0:
-            raise ArgumentError(_WHO.name, name, f"is {given}; allowed: 0 and more")
-    if arguments.flag(_WHO, "causal", causal) and sizes["m"] != sizes["n"]:
+        if arguments.finite(ROW, name, given) < 0:
+            raise ArgumentError(ROW.name, name, f"is {given}; allowed: 0 and more")
+    if arguments.flag(ROW, "causal", causal) and sizes["m"] != sizes["n"]:
         complaint = f"is True with {sizes['m']} queries and {sizes['n']} keys; allowed: as many of each"
-        raise ArgumentError(_WHO.name, "causal", complaint)
+        raise ArgumentError(ROW.name, "causal", complaint)
     features = projection.shape[0]
-    softmax_kernel = arguments.choice(_WHO, "kernel", kernel, KERNELS) == "softmax"
+    by_softmax = arguments.choice(ROW, "kernel", kernel, KERNELS) == "softmax"
     wide = torch.promote_types(query.dtype, torch.float32)
     b, g, e = sizes["b"], sizes["g"], sizes["e"]
-    shapes = ((b, g, features, e), (b, g, features), (b, g))[: 3 if softmax_kernel else 2]
+    shapes = ((b, g, features, e), (b, g, features), (b, g))[: 3 if by_softmax else 2]
     begun = _begun(initial_state, shapes, wide)
-    arguments.flag(_WHO, "return_state", return_state)
-    if key_padding_mask is not None:
-        hidden = key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    if not softmax_kernel:
-        query, key = (x @ projection.detach().to(x.dtype).mT for x in (query, key))
-        options: dict[str, Any] = {"feature_map": kernel, "causal": causal, "scale": 1.0 / features, "eps": eps}
-        return linear_attention(
-            query, key, value, key_padding_mask=key_padding_mask, initial_state=begun, return_state=return_state, **options
-        )
-    scale = sizes["d"] ** -0.5 if scale is None else arguments.finite(_WHO, "scale", scale)
+    arguments.flag(ROW, "return_state", return_state)
+    if not by_softmax:
+        return _by_torch(tensors, projection, begun, return_state, feature_map=kernel, causal=causal, eps=eps)
+    scale = sizes["d"] ** -0.5 if scale is None else arguments.finite(ROW, "scale", scale)
     if scale <= 0:
-        raise ArgumentError(_WHO.name, "scale", f"is {scale}; allowed with kernel='softmax': above 0")
-    with torch.autocast(query.device.type, enabled=False):
-        rows, _ = _features(query.to(wide), projection, scale, kernel_epsilon)
-        columns, largest = _features(key.to(wide), projection, scale, kernel_epsilon)
-        if key_padding_mask is not None:
-            largest = largest.masked_fill(key_padding_mask[:, None, :], -math.inf)
-        # (B, G, queries of a key head, N, M): what they share has one axis of length 1
-        rows = rows.reshape(b, g, sizes["h"] // g if g else 1, *rows.shape[2:])
-        columns, largest, value = (x[:, :, None] for x in (columns, largest, value.to(wide)))
-        walk = _running if causal else _whole
-        out, state, at = walk(rows, columns, largest, value, eps * features, _joined(begun))
-        out = out.flatten(1, 2).to(query.dtype)
-    return (out, (state[:, :, 0, :, :-1], state[:, :, 0, :, -1], at[:, :, 0, 0])) if return_state else out
+        raise ArgumentError(ROW.name, "scale", f"is {scale}; allowed with kernel='softmax': above 0")
+    state, normalizer, level = begun or (None, None, None)
+    tensors |= {
+        "projection": projection.detach().to(wide),
+        "initial_state": state,
+        "initial_normalizer": normalizer,
+        "initial_level": level,
+    }
+    tensors = {name: tensors[name] for name in ROW.inputs}
+    options = {"causal": causal, "kernel_epsilon": float(kernel_epsilon), "scale": scale, "eps": float(eps)}
+    out = operators.run(ROW, tensors, options, return_state)
+    return (out[0], tuple(out[1:])) if return_state else out
+
+
+def _by_torch(tensors: dict[str, Any], projection: Tensor, begun: Any, return_state: bool, **options: Any) -> Any:
+    """Linear attention to features that have no maximum."""
+    query, key, value, hidden = tensors.values()
+    if hidden is not None:
+        key, value = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (key, value))
+    query, key = (x @ projection.detach().to(x.dtype).mT for x in (query, key))
+    options |= {"scale": 1.0 / projection.shape[0], "initial_state": begun, "return_state": return_state}
+    return linear_attention(query, key, value, key_padding_mask=hidden, **options)
 
 
 def _begun(given: object, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Any:
@@ -116,106 +122,127 @@ def _begun(given: object, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtyp
     if given is None:
         return None
     if not isinstance(given, (tuple, list)) or len(given) != len(shapes) or not all(isinstance(x, Tensor) for x in given):
-        raise ArgumentTypeError(_WHO.name, "initial_state", f"is a {type(given).__name__}; allowed: {len(shapes)} tensors of this kernel")
+        raise ArgumentTypeError(ROW.name, "initial_state", f"is a {type(given).__name__}; allowed: {len(shapes)} tensors of this kernel")
     for part, shape in zip(given, shapes, strict=True):
         if tuple(part.shape) != shape or part.dtype != dtype:
             found = f"has shape {tuple(part.shape)} and dtype {part.dtype}"
-            raise ArgumentError(_WHO.name, "initial_state", f"{found}; allowed: {shape} and {dtype}")
+            raise ArgumentError(ROW.name, "initial_state", f"{found}; allowed: {shape} and {dtype}")
     return tuple(given)
 
 
-def _joined(state: Any) -> tuple[Tensor, Tensor] | None:
-    """S and z side by side, and m, with the axis of the queries of a key head."""
-    if state is None:
-        return None
-    return torch.cat((state[0], state[1][..., None]), -1)[:, :, None], state[2][:, :, None, None]
+def _pointers() -> Code:
+    from triton_attn.kernels.performer_attention import SPACES, performer_attention, performer_attention_backward, tile_key
+
+    return Code(performer_attention, performer_attention_backward, SPACES, tile_key)
 
 
-def _features(x: Tensor, projection: Tensor, scale: float, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(features of vectors relative to their largest, the logarithm of that), without M^-1/2, which cancels."""
-    exponents = x @ (projection.detach().to(x.dtype).mT * math.sqrt(scale))
-    # a constant to the gradient: whatever it is, it cancels
-    largest = exponents.detach().amax(-1, keepdim=True)
-    # in place: fresh memory costs more than these operations
-    found = exponents.sub_(largest).exp_()
-    found = found + epsilon if found.requires_grad else found.add_(epsilon)
-    return found, largest[..., 0] - 0.5 * scale * x.square().sum(-1)
+def _refuses(tensors: Tensors, options: Options) -> list[str]:
+    """A pass holds lines of queries, keys and values at once."""
+    return [
+        f"{name} has width {tensors[name].shape[-1]}; kernels serve up to {WIDEST}"
+        for name in ("query", "value")
+        if tensors[name].shape[-1] > WIDEST
+    ]
 
 
-Walked = tuple[Tensor, Tensor, Tensor]  # outputs, the state after the last key, the logarithm of what it was divided by
+def _work(sizes: Sizes, options: Options, itemsize: int) -> Work:
+    b, h, g, m, n, d, e, f = (sizes[axis] for axis in "bhgmndef")
+    lines = b * (h * m + g * n)
+    moved = itemsize * lines * (d + e) + 4 * b * g * f * (e + 1) + 4 * f * d
+    return Work(flops=2.0 * lines * f * (d + e), bytes=float(moved), exponentials=float(lines * f))
 
 
-def _whole(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float, begun: tuple[Tensor, Tensor] | None) -> Walked:
-    top = largest.amax(-1, keepdim=True) if largest.shape[-1] else largest.new_full((*largest.shape[:-1], 1), -math.inf)
-    top = top if begun is None else torch.maximum(top, begun[1])
-    safe = top.masked_fill(top == -math.inf, 0.0)
-    weight = (largest - safe).exp()
-    # the keys' scale goes to the values, which have fewer columns than features
-    state = columns.mT @ torch.cat((value * weight[..., None], weight[..., None]), -1)
-    if begun is not None:
-        state = state + begun[0] * (begun[1] - safe).exp()[..., None]
-    both = rows @ state
-    return both[..., :-1] / (both[..., -1:] + eps), state, top
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, projection: Tensor, *, causal: bool = False, **other: Any) -> Tensor:
+    """torch's dense call, which random features estimate."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def _running(rows: Tensor, columns: Tensor, largest: Tensor, value: Tensor, eps: float, begun: tuple[Tensor, Tensor] | None) -> Walked:
-    """Chunk by chunk; the state is relative to the largest key so far, `at`, and so is every score."""
-    b, g, _, n, features = columns.shape
-    if begun is None:
-        begun = value.new_zeros(b, g, 1, features, value.shape[-1] + 1), value.new_full((b, g, 1, 1), -math.inf)
-    state, at = begun
-    outs = []
-    value = F.pad(value, (0, 1), value=1.0)
-    for start in range(0, n, CHUNK):
-        part = slice(start, min(start + CHUNK, n))
-        q, k, v, m = rows[..., part, :], columns[..., part, :], value[..., part, :], largest[..., part]
-        so_far = torch.maximum(m.cummax(-1).values, at)
-        safe = so_far.masked_fill(so_far == -math.inf, 0.0)
-        # above the diagonal a key may be the larger one: it is hidden before its exponential is taken
-        later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        weight = (m[..., None, :] - safe[..., None]).masked_fill(later, -math.inf).exp()
-        both = (q @ k.mT * weight) @ v + (q @ state) * (at - safe).exp()[..., None]
-        outs.append(both[..., :-1] / (both[..., -1:] + eps))
-        last = safe[..., -1:]
-        state = state * (at - last).exp()[..., None] + k.mT @ (v * (m - last).exp()[..., None])
-        at = so_far[..., -1:]
-    return torch.cat(outs, -2) if outs else rows.new_zeros(*rows.shape[:-1], value.shape[-1] - 1), state, at
+def _case(name: str, f: int, *sizes: int, **options: Any) -> Case:
+    made = case(name, *sizes, **options)
+    return Case(name, {**made.sizes, "f": f}, options)
 
 
-def orthogonal_projection(
-    features: int,
-    dim: int,
-    scaling: int = 0,
-    *,
-    generator: torch.Generator | None = None,
-    device: Any = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """(features, dim) random rows, orthogonal within blocks of dim rows: features that err less than independent ones.
+_BEGUN = {"initial_state": "normal", "initial_normalizer": "positive", "initial_level": "normal"}
 
-    Args:
-        features: how many rows; 1 and more.
-        dim: width of a head.
-        scaling: 0: rows as long as those of a Gaussian matrix; 1: all of length sqrt(dim).
-        generator: on the CPU; what draws. The same seed gives the same rows on every device.
-        device, dtype: of the result.
 
-    Raises:
-        ArgumentError: an argument is wrong; the message names it and what is allowed.
+def _probes(width: int, plain: bool) -> tuple[Case, ...]:
+    # long enough for more than one span, with any tile
+    riders: Options = {} if plain else {"key_padding_mask": "random", **_BEGUN}
+    return (_case("causal", 256, 1, 8, 4, 8000, 8000, width, width, causal=True, **riders),)
 
-    Source: Choromanski et al., "Rethinking Attention with Performers", 2021, section 2.4.
-    """
-    who: Any = SimpleNamespace(name="orthogonal_projection")
-    arguments.whole(who, "features", features, 1)
-    arguments.whole(who, "dim", dim, 1)
-    arguments.whole(who, "scaling", scaling, 0, 1)
-    blocks = []
-    for _ in range(-(-features // dim)):
-        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
-        blocks.append((q * r.diagonal().sign()).mT)  # the signs make it uniform
-    rows = torch.cat(blocks)[:features]
-    if scaling == 1:
-        lengths = torch.full((features, 1), math.sqrt(dim), dtype=torch.float64)
-    else:
-        lengths = torch.randn(features, dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-    return (rows * lengths).to(device=device, dtype=dtype or torch.get_default_dtype())
+
+ROW = Mechanism(
+    name="performer_attention",
+    summary="softmax attention estimated by random features, on one carried state that knows its logarithm",
+    function=performer_attention,
+    reference=reference,
+    portable=portable,
+    bound=bound,
+    kernels=(
+        Kernel(
+            "pointers",
+            ((8, 0), (9, 0)),
+            _pointers,
+            (
+                Launch("forward"),
+                Launch("backward_query", ("query",)),
+                Launch("backward_key", ("key", "value", "initial_state", "initial_normalizer")),
+            ),
+            _refuses,
+        ),
+    ),
+    inputs={
+        "query": Input("b h m d", differentiable=True),
+        "key": Input("b g n d", differentiable=True),
+        "value": Input("b g n e", differentiable=True),
+        "projection": Input("f d", dtype="float32"),
+        "key_padding_mask": Input("b n", kind="padding"),
+        "initial_state": Input("b g f e", differentiable=True, optional=True, dtype="float32"),
+        "initial_normalizer": Input("b g f", differentiable=True, optional=True, dtype="float32"),
+        "initial_level": Input("b g", optional=True, dtype="float32"),
+    },
+    options={"causal": "bool", "kernel_epsilon": "float", "scale": "float", "eps": "float"},
+    outputs={
+        "out": Output("b h m e"),
+        "state": Output("b g f e", "float32"),
+        "normalizer": Output("b g f", "float32"),
+        "level": Output("b g", "float32", differentiable=False),
+    },
+    more="return_state",
+    work=_work,
+    cases=(
+        _case("whole", 20, 2, 2, 2, 20, 33, 16, 16),
+        _case("cross", 16, 1, 4, 2, 17, 40, 12, 16, scale=0.5),
+        _case("causal", 20, 1, 2, 2, 40, 40, 16, 24, causal=True),
+        _case("causal, several spans", 16, 1, 2, 1, 150, 150, 16, 16, causal=True, kernel_epsilon=0.01),
+        _case("padded keys", 20, 2, 2, 2, 20, 33, 16, 16, key_padding_mask="random"),
+        _case("padded keys, causal", 20, 2, 2, 1, 33, 33, 16, 16, key_padding_mask="prefix", causal=True),
+        _case("resumed", 20, 1, 2, 1, 20, 33, 16, 16, **_BEGUN),
+        _case("resumed, causal, two spans", 20, 1, 2, 1, 75, 75, 16, 16, causal=True, **_BEGUN),
+    ),
+    probes=_probes,
+    workloads={
+        "cpu": (
+            _case("whole 2k", 256, 1, 8, 8, 2048, 2048, 64, 64),
+            _case("causal 2k", 256, 1, 8, 8, 2048, 2048, 64, 64, causal=True),
+        ),
+        "cuda": (
+            _case("whole 16k", 256, 2, 16, 16, 16384, 16384, 64, 64),
+            _case("causal 8k", 256, 2, 16, 16, 8192, 8192, 64, 64, causal=True),
+        ),
+    },
+    peers={"torch SDPA": _sdpa},
+    laws=(
+        Law.ROWS_SUM_TO_ONE,
+        Law.FUTURE_CHANGES_NOTHING,
+        Law.PADDING_CHANGES_NOTHING,
+        Law.KEY_ORDER_CHANGES_NOTHING,
+        Law.BATCH_CHANGES_NOTHING,
+        Law.RESUMES,
+    ),
+    equal_lengths=lambda options: options.get("causal") is True,
+    packed={"initial_state": ("initial_state", "initial_normalizer", "initial_level")},
+    backward_share=2.5,
+    draws={"f": (1, 3, 16, 17, 33)},
+    public=("kernel",),
+)

@@ -12,6 +12,8 @@ from triton_attn import ArgumentError, arguments, linear_attention, orthogonal_p
 from triton_attn.nn._projections import Projections
 from triton_attn.nn.mamba_layer import MambaLayer
 
+State = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor]  # as `triton_attn.performer_attention` returns it
+
 
 class PerformerAttention(Projections):
     """Self-attention by random features in O(N): see `triton_attn.performer_attention`.
@@ -98,7 +100,7 @@ class PerformerAttention(Projections):
         )
         return self.output(nn.functional.dropout(out, self.dropout, self.training))
 
-    def step(self, x: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The next token of a sequence, or the next few, in memory that does not grow with those before.
 
         Args:
