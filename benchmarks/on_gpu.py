@@ -29,7 +29,6 @@ from triton_attn.tuning.tune import answers, gpu_clock, plan
 
 WHERE = torch.device("cuda", 0)
 TUNED = "bfloat16"
-LINEAR = CATALOG["linear_attention"]  # what performer_attention runs
 STEPS: dict[str, Callable[[], Iterator[Check]]] = {
     "correctness": gpu_checks.correctness,
     "small": gpu_checks.few,
@@ -60,9 +59,6 @@ def peers() -> Iterator[Check]:
                 for direction in (bench.FORWARD, bench.BOTH):
                     name = f"{row.name} {case.name}, {direction}, beside {peer}"
                     yield Check(name, gpu_checks.sources(row), partial(_beside, row, case, peer, direction))
-    for causal in (False, True):
-        name = f"performer_attention, {'causal' if causal else 'whole'}, beside performer-pytorch"
-        yield Check(name, gpu_checks.sources(LINEAR), partial(_performer, causal))
 
 
 def _beside(row: Mechanism, case: Case, peer: str, direction: str) -> dict[str, Any]:
@@ -70,16 +66,6 @@ def _beside(row: Mechanism, case: Case, peer: str, direction: str) -> dict[str, 
     try:
         return _aimed(asdict(bench.time_beside(row, case, peer, direction, WHERE, torch.bfloat16, seconds=2.0)))
     except Exception as error:  # noqa: BLE001  a peer that cannot is a row that says so
-        return said | {"not run": f"{type(error).__name__}: {error}"[:200]}
-
-
-def _performer(causal: bool) -> dict[str, Any]:
-    from benchmarks.peers import performer
-
-    said = {"mechanism": "performer_attention", "peer": "performer-pytorch"}
-    try:
-        return _aimed(found) if (found := performer(WHERE, causal=causal)) else said | {"not run": "not installed"}
-    except Exception as error:  # noqa: BLE001  the peer's, whatever it is
         return said | {"not run": f"{type(error).__name__}: {error}"[:200]}
 
 

@@ -14,7 +14,7 @@ def load_tile(base, lines, inside, strides, WIDTH: tl.constexpr, PADDED: tl.cons
     """(lines, PADDED) in float32."""
     columns = tl.arange(0, PADDED)
     there = inside[:, None] & (columns < WIDTH)[None, :]
-    places = lines[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
+    places = lines.to(tl.int64)[:, None] * strides[2] + columns.to(tl.int64)[None, :] * strides[3]
     return tl.load(base + places, mask=there, other=0.0).to(tl.float32)
 
 
@@ -68,11 +68,11 @@ def level_kernel(
     """The largest exponent of each line, and its level: -inf for lines that are hidden."""
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     batch, head = (pair // heads).to(tl.int64), pair % heads
-    lines = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    lines = block * BLOCK + tl.arange(0, BLOCK)
     inside = lines < len_x
     shown = inside
     if padding_ptr is not None:
-        at = padding_ptr + batch * padding_strides[0] + lines * padding_strides[1]
+        at = padding_ptr + batch * padding_strides[0] + lines.to(tl.int64) * padding_strides[1]
         shown = inside & (tl.load(at, mask=inside, other=1) == 0)
     x = load_tile(x_ptr + head_place(batch, head, 1, x_strides), lines, shown, x_strides, WIDTH, PADDED)
     largest = tl.full((BLOCK,), NEGATIVE, tl.float32)
@@ -139,7 +139,7 @@ def sum_kernel(
     state = tl.zeros((BLOCK_F, PADDED_Z), tl.float32)
     side = tl.zeros((BLOCK_F,), tl.float32)
     for start in range(at_span * span, tl.minimum(at_span * span + span, len_y), BLOCK):
-        lines = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        lines = start + tl.arange(0, BLOCK)
         if REVERSE:
             lines = len_y - 1 - lines
         inside = (lines >= 0) & (lines < len_y)

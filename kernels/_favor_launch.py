@@ -102,6 +102,8 @@ class Call:
             "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
             "enable_fp_fusion": True,
+            # or ptxas spills a few registers to make room for another block
+            "maxnreg": 255,
         }
 
     def walked(self, width: int, width_z: int) -> dict[str, Any]:

@@ -7,20 +7,20 @@ from itertools import product
 
 from triton_attn.kernels._carried_launch import BACKWARD_KEY, BACKWARD_QUERY, FORWARD
 from triton_attn.kernels._favor_launch import MODULES
-from triton_attn.tiles import OPERANDS, WIDEST_TF32, Key, Space, Tile
+from triton_attn.tiles import OPERANDS, Key, Space, Tile
+
+WIDEST = {"16bit": 128, "tf32": 64, "float32": 32}  # of wider ones every tile that was tried spilled
 
 
 def _candidates(key: Key) -> Sequence[Tile]:
     if key.operands == "float32":  # no tensor cores: products are unrolled into registers
         return Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)
     tensor_cores = {
-        ("16bit", 32): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-        ("16bit", 64): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+        ("16bit", 32): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+        ("16bit", 64): (Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
         ("16bit", 128): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-        ("16bit", 256): (Tile(16, 16, 8, 1),),
         ("tf32", 32): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
         ("tf32", 64): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-        ("tf32", 128): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
     }
     return tensor_cores.get((key.operands, key.width), (_first(key),))
 
@@ -33,8 +33,8 @@ def _first(key: Key) -> Tile:
 def _entries() -> Iterator[Key]:
     """The keys that tables hold. Hidden keys change no code."""
     for operands, width in product(OPERANDS, (32, 64, 128)):
-        if operands == "16bit" or width <= 64 or (operands == "tf32" and width <= WIDEST_TF32):
-            yield Key(operands, width, True)
+        if width <= WIDEST[operands]:
+            yield Key(operands, width)
 
 
 _SPACE = Space({(8, 0): _candidates}, _first, MODULES, _entries)

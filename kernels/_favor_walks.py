@@ -95,7 +95,7 @@ def out_kernel(
             side = tl.load(beside + rows * side_strides[3], mask=there, other=0.0)
         at = tl.load(before_ptr + at_span * shares + shared)
         for start in range(at_span * span, tl.minimum(at_span * span + span, len_x), BLOCK):
-            times = (start + steps).to(tl.int64)
+            times = start + steps
             lines = times
             if REVERSE:
                 lines = len_x - 1 - times
@@ -142,7 +142,9 @@ def out_kernel(
                 tl.store(partial_ptr + spots, out, mask=written)
             else:
                 if bottom_ptr is not None:
-                    out = out / (bottom + eps)[:, None]
+                    bottom += eps
+                    # a query that has seen nothing gives 0
+                    out = out / tl.where(bottom == 0.0, 1.0, bottom)[:, None]
                 tl.store(out_ptr + spots, out.to(out_ptr.dtype.element_ty), mask=written)
         tl.debug_barrier()
 
@@ -222,7 +224,7 @@ def gradient_kernel(
         side = tl.load(side_base + rows * side_strides[3], mask=there, other=0.0)
         at = tl.load(before_ptr + at_span * shares + shared)
         for start in range(at_span * span, tl.minimum(at_span * span + span, len_x), BLOCK):
-            times = (start + steps).to(tl.int64)
+            times = start + steps
             lines = times
             if REVERSE:
                 lines = len_x - 1 - times

@@ -129,7 +129,8 @@ def performer_attention_backward(
     assert before.side is not None
     ones = Lines(torch.ones((), device=value.device).expand(*value.shape[:3], 1))
     outputs(call, q, k, ones, seen.at, State(before.side[..., None]), bottom)
-    inverse = (bottom[..., 0] + eps * phi.count).reciprocal()
+    denominator = bottom[..., 0] + eps * phi.count
+    inverse = denominator.masked_fill_(denominator == 0.0, 1.0).reciprocal_()
     weight = -(grad_out.float() * out.float()).sum(-1) * inverse
     dn = Lines(grad_out, None, inverse, weight)
     found = [query.new_empty(0) for _ in needs]

@@ -50,7 +50,8 @@ def performer_attention(
     if initial_normalizer is not None:
         earlier = torch.einsum("bhmf,bhf->bhm", phi_q.to(wide), _spread(initial_normalizer, group)) * _spread(before, group)
         total, normalizer = (total + earlier[..., None]).to(query.dtype), normalizer + initial_normalizer * kept
-    out = out / (total + eps * projection.shape[0])
+    total = total + eps * projection.shape[0]
+    out = out / total.masked_fill(total == 0, 1.0)  # a query that sees nothing gives 0
     return (out, state, normalizer, last) if return_state else out
 
 
@@ -122,6 +123,7 @@ def bound(
     signed = torch.zeros_like(wide_sum) if initial_normalizer is None else _spread(initial_normalizer, group)[..., None]
     constant = eps * projection.shape[0]
     divisor = (plain.sum(-1, keepdim=True) + q @ signed * exact + constant).abs()
+    divisor = divisor.masked_fill(divisor == 0, 1.0)
     err_top = err @ values + (err_q + q) @ wide_begun * before
     err_bottom = err.sum(-1, keepdim=True) + (err_q + q) @ wide_sum * before + constant
     err_out = (err_top + out.abs() * err_bottom) / divisor

@@ -65,9 +65,8 @@ def test_without_their_libraries_only_torchs_and_transformers_own_peers_are_left
     added = {row.name: set(peers.beside(row).peers) - set(row.peers) for row in CATALOG.values()}
     assert added["attention"] == ({"SDPA cuDNN", "SDPA flash", "SDPA efficient", "FlexAttention"} if gpu else set())
     assert added["selective_scan"] <= {"transformers' loop"}
-    assert added["linear_attention"] == added["add_layer_norm"] == added["causal_conv1d"] == set()
+    assert added["linear_attention"] == added["performer_attention"] == added["add_layer_norm"] == added["causal_conv1d"] == set()
     assert all(added[name] == {"FlexAttention"} for name in ("strided_attention", "local_global_attention", "subset_attention"))
-    assert peers.performer(torch.device("cpu"), causal=True) is None
 
 
 def test_with_their_libraries_every_peer_has_its_row(library: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +77,7 @@ def test_with_their_libraries_every_peer_has_its_row(library: Callable[..., None
     added = {row.name: set(peers.beside(row).peers) - set(row.peers) for row in CATALOG.values()}
     assert added["attention"] >= {"FA4", "fla"}
     assert added["linear_attention"] == {"fla chunk", "fla fused chunk"}
+    assert added["performer_attention"] == {"performer-pytorch"}
     assert added["add_layer_norm"] == {"fla", "eager sum, Liger"}
     assert added["causal_conv1d"] == {"causal-conv1d", "fla"}
     assert added["selective_scan"] >= {"mambapy", "mamba-ssm"}
@@ -180,22 +180,29 @@ def test_flas_convolution_is_given_steps_before_channels(library: Callable[..., 
         mamba_peers._fla_conv1d(**given, initial_states=given["x"])
 
 
-def test_performer_pytorch_is_timed_whole_and_causal(library: Callable[..., None]) -> None:
+def test_performer_pytorch_is_made_once_for_the_features_and_direction(library: Callable[..., None]) -> None:
+    made: list[tuple[int, int, bool]] = []
+
     class FastAttention(torch.nn.Module):
         def __init__(self, dim_heads: int, nb_features: int, causal: bool) -> None:
             super().__init__()
-            assert (dim_heads, nb_features) == (64, 256)
+            made.append((dim_heads, nb_features, causal))
+            self.causal = causal
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
     library("performer_pytorch", FastAttention=FastAttention)
-    for causal in (False, True):
-        row = peers.performer(torch.device("cpu"), causal=causal, length=16, seconds=0.0)
-        assert row is not None
-        assert row["case"] == f"16, causal {causal}"
-        assert row["ratio"] > 0
-        assert row["peer_milliseconds"] > 0
+    peers._fast_attention.cache_clear()
+    tensors, _ = drawn("performer_attention", Case("small", {**HEADS, "f": 6}))
+    del tensors["initial_normalizer"], tensors["initial_level"]
+    for causal in (False, True, True):
+        expected = F.scaled_dot_product_attention(tensors["query"], tensors["key"], tensors["value"], is_causal=causal)
+        torch.testing.assert_close(peers._performer_pytorch(**tensors, causal=causal), expected)
+    assert made == [(4, 6, False), (4, 6, True)]
+    with pytest.raises(NotImplementedError, match="no shared keys"):
+        peers._performer_pytorch(**tensors, kernel_epsilon=0.0)
+    peers._fast_attention.cache_clear()
 
 
 # what is aimed at
@@ -211,9 +218,6 @@ def test_every_target_is_of_a_workload_that_exists_and_of_a_peer_that_some_machi
     for (mechanism, workload, direction), aims in peers.TARGETS.items():
         assert direction in (bench.FORWARD, bench.BOTH)
         assert all(0.5 < aim <= 50 for aim in aims.values())
-        if mechanism == "performer_attention":
-            assert set(aims) == {"performer-pytorch"}
-            continue
         assert workload in {case.name for case in CATALOG[mechanism].workloads["cuda"]}, (mechanism, workload)
         assert set(aims) <= set(peers.beside(CATALOG[mechanism]).peers), (mechanism, workload)
 
@@ -230,10 +234,7 @@ def test_each_ratio_stands_beside_its_target(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(on_gpu, "CATALOG", {"attention": row})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "time_beside", timed)
-    monkeypatch.setattr(peers, "performer", lambda where, causal: None)
     rows = [check.run() for check in on_gpu.peers()]
-    assert [row.pop("not run") for row in rows if row["mechanism"] == "performer_attention"] == ["not installed"] * 2
-    rows = [row for row in rows if row["mechanism"] != "performer_attention"]
     found = {(each["case"], each["peer"], each["direction"]): each for each in rows}
     dense = found["dense d128", "SDPA cuDNN", bench.FORWARD]
     assert (dense["target"], dense["reached"]) == (0.92, True)

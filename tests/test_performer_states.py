@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from triton_attn import ArgumentError, orthogonal_projection, performer_attention
-from triton_attn.functional.performer_attention import CHUNK
 from triton_attn.nn import PerformerAttention
+from triton_attn.portable._carried import CHUNK
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 B, H, G, D, E, M = 2, 4, 2, 8, 6, 20

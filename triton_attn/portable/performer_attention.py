@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn.portable._carried import CHUNK, CHUNKS, with_ones
+from triton_attn.portable._carried import CHUNK, with_ones
 
+SPAN = 8 * CHUNK  # whose states fit a cache: there are as many as chunks, each of all features
 Walked = tuple[Tensor, Tensor, Tensor]  # outputs, the state after the last key, its level
 
 
@@ -48,7 +49,8 @@ def performer_attention(
     walk = _running if causal else _whole
     both, state, at = walk(rows, columns, with_ones(value.to(wide)), level, torch.cat((top, bottom[..., None]), -1), at)
     both = both.flatten(1, 2)
-    out = (both[..., :-1] / (both[..., -1:] + eps * columns.shape[-1])).to(query.dtype).contiguous()
+    total = both[..., -1:] + eps * columns.shape[-1]
+    out = (both[..., :-1] / total.masked_fill(total == 0, 1.0)).to(query.dtype).contiguous()
     return (out, state[..., :-1].contiguous(), state[..., -1].contiguous(), at) if return_state else out
 
 
@@ -82,8 +84,8 @@ def _running(rows: Tensor, columns: Tensor, value: Tensor, level: Tensor, state:
     if torch.compiler.is_compiling():
         # a loop over spans would fix the length in the graph
         return _span(rows, columns, value, level, state, at)
-    parts, size = [], CHUNK * CHUNKS
-    spans = (torch.split(x, size, axis) for x, axis in ((rows, 3), (columns, 2), (value, 2), (level, 2)))
+    parts = []
+    spans = (torch.split(x, SPAN, axis) for x, axis in ((rows, 3), (columns, 2), (value, 2), (level, 2)))
     for q, k, v, m in zip(*spans, strict=True):
         part, state, at = _span(q, k, v, m, state, at)
         parts.append(part)
@@ -94,11 +96,12 @@ def _span(q: Tensor, k: Tensor, v: Tensor, level: Tensor, state: Tensor, at: Ten
     """Chunks side by side. States are relative to the largest level so far, and so is every score."""
     b, g, group, n, f = q.shape
     e, chunks = v.shape[-1], (n + CHUNK - 1) // CHUNK
-    q, k, v = (F.pad(x, (0, 0, 0, chunks * CHUNK - n)) for x in (q, k, v))
-    level = F.pad(level, (0, chunks * CHUNK - n), value=-math.inf)
+    if torch.compiler.is_compiling() or chunks * CHUNK != n:
+        q, k, v = (F.pad(x, (0, 0, 0, chunks * CHUNK - n)) for x in (q, k, v))
+        level = F.pad(level, (0, chunks * CHUNK - n), value=-math.inf)
     seen = torch.maximum(level.detach().cummax(-1).values, at[..., None]).view(b, g, chunks, CHUNK)
     q = q.view(b, g, group, chunks, CHUNK, f).transpose(2, 3).reshape(b, g, chunks, group * CHUNK, f)
-    k, v, level = k.view(b, g, chunks, CHUNK, f), v.view(b, g, chunks, CHUNK, e), level.view(b, g, chunks, CHUNK)
+    k, v, level = (x.view(b, g, chunks, CHUNK, *x.shape[3:]) for x in (k, v, level))
     # above the diagonal a key may be the larger one: it is hidden before its exponential is taken
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     weights = (level[..., None, :] - _safe(seen)[..., None]).masked_fill(later, -math.inf).exp()

@@ -38,6 +38,9 @@ def _rows_sum_to_one(row: Mechanism, call: Call, tensors: dict[str, Any], option
         lse = dict(zip(list(row.outputs)[1:], more, strict=True))["lse"]
         axes, (*order, _) = row.outputs["lse"].axes.split(), row.outputs["out"].axes.split()
         truth = truth * (lse > -torch.inf).permute([axes.index(axis) for axis in order])[..., None]
+    elif options.get("causal") and tensors.get("key_padding_mask") is not None:
+        seen = (~tensors["key_padding_mask"]).cumsum(-1) > 0
+        truth = truth * seen.view(seen.shape[0], *(1 for _ in out.shape[1:-2]), seen.shape[1], 1)
     _assert_close(row, tensors, options, out, truth)
 
 
