@@ -168,7 +168,7 @@ def test_lengths_change_without_a_new_graph_in_training(row: Mechanism, case: Ca
 
 
 @each(random)
-@BOTH
+@pytest.mark.parametrize("backend", [pytest.param("portable", marks=pytest.mark.slow), "triton"])
 def test_lengths_change_without_a_new_graph_under_dropout(row: Mechanism, case: Case, backend: str) -> None:
     without_a_new_graph(row, case, backend, training=False)
 
@@ -250,8 +250,16 @@ def reloaded(
     return {which: (expected[which], torch.load(path.with_suffix(".outputs"))) for which, path in paths.items()}
 
 
-@each(fixed)
+@each(alone)
 def test_an_exported_program_runs_in_another_process_at_any_length(row: Mechanism, case: Case, reloaded: Any) -> None:
+    expected, found = reloaded[row.name, case.name, "triton"]
+    assert len(found) == 3
+    assert_same(found, expected, "triton")
+
+
+@each(laden)
+@pytest.mark.slow
+def test_an_exported_program_takes_more_tensors(row: Mechanism, case: Case, reloaded: Any) -> None:
     expected, found = reloaded[row.name, case.name, "triton"]
     assert len(found) == 3
     assert_same(found, expected, "triton")
