@@ -250,7 +250,7 @@ ROW = Mechanism(
     cases=(
         _case("whole", 2, 2, 2, 33, 33, 16, 16),
         _case("cross", 1, 4, 2, 17, 75, 24, 16, scale=0.5, feature_map="relu"),
-        _case("causal", 1, 2, 2, 40, 40, 16, 16, causal=True),
+        _case("causal", 1, 4, 2, 40, 40, 20, 16, causal=True),
         _case("causal, several spans", 1, 2, 1, 150, 150, 16, 24, causal=True),
         _case("two signs", 1, 2, 1, 33, 40, 20, 16, feature_map="crelu"),
         _case("two signs, causal", 1, 2, 1, 40, 40, 16, 24, feature_map="crelu", causal=True, **_BEGUN),
