@@ -166,7 +166,7 @@ def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Specia
 
 
 def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype, float]]:
-    """Of rows: squares beyond float16, products below it, zeros, epsilons that show. Of scans: many steps, tiny ones."""
+    """Of rows: squares beyond float16, products below it, zeros, epsilons that show. States: bfloat16. Scans: many steps, tiny ones."""
     bare, *laden = _bare(row, cases)
     if "x" in row.inputs:
         for spread in (64.0, 2.0**-20, 0.0):
@@ -175,6 +175,9 @@ def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, 
         for case in laden or (bare,):
             yield _with(case, eps=0.0), torch.float16, 1.0
             yield _with(case, eps=0.25), torch.float16, 1.0
+    if "feature_map" in row.options:  # operands of products are narrow in bfloat16 alone
+        for case in (bare, next(case for case in cases if case.options.get("causal") and case.options.get("normalize", True))):
+            yield _sized(row, case, **ONE), torch.bfloat16, 1.0
     if "delta_softplus" in row.options:
         yield _sized(row, bare, l=150), torch.float32, 1.0
         yield _with(bare, delta_softplus=True, delta_bias="normal"), torch.float32, 8.0
