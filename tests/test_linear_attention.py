@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_attn import ArgumentError, linear_attention, linear_attention_step, use_backend
+from triton_attn.testing.interpreter import Record
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
 
@@ -30,6 +31,18 @@ def test_steps_are_one_call(backend: str, feature_map: str) -> None:
     assert state is not None
     torch.testing.assert_close(torch.stack(outs, 2), whole)
     torch.testing.assert_close(state, (last, normalizer))
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_a_denominator_is_no_narrower_than_float32(backend: str, strict: Record) -> None:
+    """257 is no number of bfloat16: rounded to one, it would give 2 for 255 / 128, and 256 for itself."""
+    query, key = (torch.zeros(1, 1, 16, 4, dtype=torch.bfloat16) for _ in range(2))
+    query[..., 0], key[0, 0, :3, 0] = 1.0, torch.tensor([128.0, 128.0, 1.0], dtype=torch.bfloat16)
+    value = torch.full((1, 1, 16, 4), 255 / 128, dtype=torch.bfloat16)
+    with use_backend(backend):
+        out, (_, normalizer) = linear_attention(query, key, value, feature_map="identity", causal=True, return_state=True)
+    assert torch.equal(out, value)
+    assert normalizer[0, 0, 0] == 257
 
 
 @BACKENDS

@@ -9,6 +9,8 @@ SIDES = tuple(f"tl.load(base + {of} * side_strides[3], mask={of}_there, other=" 
 OWN = "tl.load(at + lines[:, None] * own_strides[2] + places[None, :] * own_strides[3], mask=kept, other="
 FEATURES = "tl.load(base + lines[:, None] * strides[2] + places.to(tl.int64)[None, :] * strides[3], mask=there, other="
 
+PADDING = "tl.load(padding_ptr + batch * strides[0] + lines * strides[1], mask=inside, other="
+
 CARRIED = (
     Argument(
         "y and z of every walk and of every sum have as many heads as each other",
@@ -31,13 +33,33 @@ CARRIED = (
         "what a line that is hidden would get is replaced by 0, a column that does not exist is not stored, and 0 and 1 are of one sign",
         (f"walk_kernel: {OWN}0.0) -> {OWN}1)",),
     ),
+    Argument(
+        "said twice: an absent line is hidden by `inside`, and by what its masked load gives",
+        (f"visible: inside & ({PADDING}1) == 0) -> {PADDING}1) == 0", f"visible: {PADDING}1) -> {PADDING}0)"),
+    ),
     Argument("what is not there is replaced by 0 at the end", (f"load_features: {FEATURES}0.0) -> {FEATURES}1)",)),
     Argument(
         "lines after the last are hidden: a cost in time alone",
         ("walk_kernel: tl.minimum(at_span * span + span, len_x) -> at_span * span + span",),
     ),
     Argument(
-        "the other factor is float32, and tl.sum adds bfloat16 in float32",
-        tuple(f"walk_kernel: {x}.to(tl.float32) -> {x}" for x in ("x", "y", "z", "scores")),
+        "the other factor is float32",
+        ("walk_kernel: x.to(tl.float32) -> x", "walk_kernel: z.to(tl.float32) -> z", "sum_kernel: y.to(tl.float32) -> y"),
     ),
+    Argument(
+        "a sum that is rounded to bfloat16 once, within its bound; test_linear_attention asks for numbers without any error",
+        ("walk_kernel: scores.to(tl.float32) -> scores", "walk_kernel: y.to(tl.float32) -> y"),
+    ),
+    Argument(
+        "a hidden line's x and weight are 0, and so is what it gets: it differs only where a state is infinite",
+        (
+            "walk_kernel: out = tl.where(shown[:, None], out, 0.0) -> nothing",
+            "walk_kernel: tl.where(shown[:, None], out, 0.0) -> out",
+        ),
+    ),
+    Argument(
+        "outputs and states are allocated by the launch: their columns have step 1",
+        ("walk_kernel: places[None, :] * out_strides[3] -> places[None, :]",),
+    ),
+    Argument("a store casts to what the pointer points to", ("walk_kernel: out.to(out_ptr.dtype.element_ty) -> out",)),
 )
