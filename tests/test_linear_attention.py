@@ -45,6 +45,27 @@ def test_a_denominator_is_no_narrower_than_float32(backend: str, strict: Record)
     assert normalizer[0, 0, 0] == 257
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_of_one_give_exactly_one_within_a_tile(dtype: torch.dtype, strict: Record) -> None:
+    query, key, value = (x.to(dtype) for x in drawn(n=16))
+    with use_backend("triton"):
+        out = linear_attention(query, key, torch.ones_like(value), causal=True, eps=0.0)
+    assert (out == 1).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("feature_map", ["relu", "crelu"])
+def test_the_slope_at_zero_is_zero(backend: str, feature_map: str) -> None:
+    query, key, value = drawn()
+    query[..., :3] = 0.0
+    key[..., 3:] = 0.0  # elsewhere, lest those be multiplied by 0
+    with use_backend(backend):
+        out = linear_attention(query.requires_grad_(), key.requires_grad_(), value, feature_map=feature_map, normalize=False)
+        asked, told = torch.autograd.grad(out.sum(), (query, key))
+    assert not asked[..., :3].any()
+    assert not told[..., 3:].any()
+
+
 @BACKENDS
 def test_tokens_are_mixed_not_heads(backend: str) -> None:
     query, key, value = drawn(b=1, h=2, g=2)
