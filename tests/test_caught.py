@@ -109,6 +109,27 @@ def test_the_command_keeps_what_it_finds_and_refuses_a_file_of_something_else(
     assert "no kept faults" in capsys.readouterr().err
 
 
+def test_a_kernel_with_faults_left_keeps_its_entry_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def found(*args: Any, **options: Any) -> list[Tooth]:
+        asked.update(options)
+        options["left"][NAME] = "3 faults are left"
+        return [TOOTH, replace(TOOTH, mechanism="norm_matched_add")]
+
+    monkeypatch.setattr(planting, "teeth", found)
+    path = tmp_path / "teeth.json"
+    caught.keep(path, [TOOTH, ARGUED], CATALOG, "whole")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["teeth", "add_layer_norm", "norm_matched_add", "--keep", str(path), "--budget", "60", "--anew", "--json"])
+    assert ended.value.code == 0
+    assert (asked["budget"], asked["anew"], asked["evidence"]) == (60.0, True, tmp_path / "teeth.planted.jsonl")
+    assert (caught.read(path)[NAME].command, caught.read(path)["norm_matched_add/rows"].planted) == ("whole", 1)
+    assert f"{NAME}: 3 faults are left" in capsys.readouterr().err
+
+
 def test_what_is_committed_is_of_kernels_that_exist_and_tells_each_fault() -> None:
     kept = caught.read(caught.KEPT)
     kernels = {f"{row.name}/{kernel.name}" for row in CATALOG.values() for kernel in row.kernels}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_attn import ArgumentError, linear_attention, linear_attention_step, use_backend
+from triton_attn.testing.interpreter import Record
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
 
@@ -30,6 +31,39 @@ def test_steps_are_one_call(backend: str, feature_map: str) -> None:
     assert state is not None
     torch.testing.assert_close(torch.stack(outs, 2), whole)
     torch.testing.assert_close(state, (last, normalizer))
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_a_denominator_is_no_narrower_than_float32(backend: str, strict: Record) -> None:
+    """257 is no number of bfloat16: rounded to one, it would give 2 for 255 / 128, and 256 for itself."""
+    query, key = (torch.zeros(1, 1, 16, 4, dtype=torch.bfloat16) for _ in range(2))
+    query[..., 0], key[0, 0, :3, 0] = 1.0, torch.tensor([128.0, 128.0, 1.0], dtype=torch.bfloat16)
+    value = torch.full((1, 1, 16, 4), 255 / 128, dtype=torch.bfloat16)
+    with use_backend(backend):
+        out, (_, normalizer) = linear_attention(query, key, value, feature_map="identity", causal=True, return_state=True)
+    assert torch.equal(out, value)
+    assert normalizer[0, 0, 0] == 257
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_of_one_give_exactly_one_within_a_tile(dtype: torch.dtype, strict: Record) -> None:
+    query, key, value = (x.to(dtype) for x in drawn(n=16))
+    with use_backend("triton"):
+        out = linear_attention(query, key, torch.ones_like(value), causal=True, eps=0.0)
+    assert (out == 1).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("feature_map", ["relu", "crelu"])
+def test_the_slope_at_zero_is_zero(backend: str, feature_map: str) -> None:
+    query, key, value = drawn()
+    query[..., :3] = 0.0
+    key[..., 3:] = 0.0  # elsewhere, lest those be multiplied by 0
+    with use_backend(backend):
+        out = linear_attention(query.requires_grad_(), key.requires_grad_(), value, feature_map=feature_map, normalize=False)
+        asked, told = torch.autograd.grad(out.sum(), (query, key))
+    assert not asked[..., :3].any()
+    assert not told[..., 3:].any()
 
 
 @BACKENDS

@@ -179,11 +179,16 @@ def teeth(
     names: Names = None,
     some: Annotated[int | None, typer.Option(min=1, help="Plant only so many faults in each kernel.")] = None,
     seed: Annotated[int, typer.Option(help="Which ones, with --some.")] = 0,
-    kept: Annotated[Path | None, typer.Option("--keep", help="Put what became of them into this file, which the report shows.")] = None,
+    kept: Annotated[
+        Path | None,
+        typer.Option("--keep", help="Put what became of them into this file, which the report shows; each at once into one beside it."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--anew", help="With --keep: go on where an earlier run ended, or begin again.")] = True,
+    budget: Annotated[float, typer.Option(help="Begin no further fault after so many seconds.", show_default=False)] = math.inf,
     as_json: Json = False,
 ) -> int:
     """Plant faults in kernels, one after the other, and count which of them the row's cases catch. Runs in the interpreter."""
-    mechanisms = known(names)
+    mechanisms, wanted = known(names), duration(budget, "budget")
     if not device.triton_version():
         raise BadArgument("triton is not installed: there is nothing to plant a fault in")
     if not device.interpreting():
@@ -191,6 +196,7 @@ def teeth(
 
         device.interpret()
         chosen = ["--seed", str(seed), *(["--some", str(some)] if some else []), *(["--keep", str(kept)] if kept else [])]
+        chosen += [*([] if resume else ["--anew"]), *(["--budget", str(wanted)] if wanted < math.inf else [])]
         return gather.again("teeth", *(row.name for row in mechanisms), *chosen, seconds=math.inf, as_json=as_json)
     from triton_attn import teeth as planting
     from triton_attn.report import caught, parts, rows, tables, terminal
@@ -201,12 +207,16 @@ def teeth(
         except ValueError as error:
             raise BadArgument(str(error)) from error
 
-    log = parts.Log()
+    log, left = parts.Log(), dict[str, str]()
     with terminal.progress(None, json=as_json) as (log.tick, step):
-        found = rows.collect(planting.teeth(mechanisms, some=some, seed=seed, tick=log.tick), as_json, lambda done: step(len(done)))
+        options: dict[str, Any] = {"evidence": kept and caught.evidence(kept), "anew": not resume, "budget": wanted, "left": left}
+        results = planting.teeth(mechanisms, some=some, seed=seed, tick=log.tick, **options)
+        found = rows.collect(results, as_json, lambda done: step(len(done)))
+    log.left_out += [f"{name}: {text}: the same command goes on" for name, text in left.items()]
     if kept is not None:
         command = ["triton-attn teeth", *(row.name for row in mechanisms), *([f"--some {some} --seed {seed}"] if some else [])]
-        caught.keep(kept, found, CATALOG, " ".join(command))
+        whole = [tooth for tooth in found if f"{tooth.mechanism}/{tooth.kernel}" not in left]
+        caught.keep(kept, whole, CATALOG, " ".join(command))
     faults = [f"{row.mechanism}/{row.kernel} {row.function}:{row.line} {row.fault}" for row in found if row.fault]
     if not as_json:
         terminal.show(tables.teeth(found))

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from triton_attn import verify
+from triton_attn import device, verify
 from triton_attn.catalog import CATALOG
 from triton_attn.mechanism import Case, Kernel, Mechanism
-from triton_attn.testing import inputs, numerics, seeded, strict_interpreter
+from triton_attn.testing import inputs, interpreter, numerics, seeded, strict_interpreter
 from triton_attn.testing.equivalents import equivalent
-from triton_attn.tiles import Tile
+from triton_attn.testing.outcomes import Outcomes
+from triton_attn.tiles import Tile, source_hash
 
 TILE = Tile(16, 16, 4, 1)
 
@@ -41,21 +48,54 @@ class Tooth:
 
 
 def teeth(
-    rows: Sequence[Mechanism], *, some: int | None = None, seed: int = 0, tick: Callable[[str], None] = lambda text: None
+    rows: Sequence[Mechanism],
+    *,
+    some: int | None = None,
+    seed: int = 0,
+    tick: Callable[[str], None] = lambda text: None,
+    evidence: Path | None = None,
+    anew: bool = False,
+    budget: float = math.inf,
+    left: dict[str, str] | None = None,
 ) -> Iterator[Tooth]:
-    """Every fault, or `some` picked by `seed`, in what each kernel of each row runs."""
-    for row in rows:
-        for kernel in row.kernels:
+    """Every fault, or `some` picked by `seed`, in what each kernel of each row runs.
 
-            def say(fault: seeded.Fault, done: int, total: int, shown: str = f"{row.name} {kernel.name}") -> None:
-                tick(f"{shown} {done}/{total} {fault.kind} in {fault.function.rpartition('.')[2]}")
+    `evidence` keeps each as soon as its end is known, and those in it are not planted again, unless `anew`. After `budget` seconds none is
+    begun; `left` then gets, by kernel, what is.
+    """
+    until = time.perf_counter() + budget
+    for row, kernel in [(one, kernel) for one in rows for kernel in one.kernels]:
+        name = f"{row.name}/{kernel.name}"
+        if time.perf_counter() > until:
+            if left is not None:
+                left[name] = "not begun"
+            continue
 
-            for bite in seeded.bite(checks(row, kernel), equivalent=equivalent(row.name), some=some, seed=seed, tick=say):
-                fault = bite.fault
-                change = f"{fault.before} -> {fault.after}"
-                yield Tooth(
-                    row.name, kernel.name, fault.function, fault.line, fault.kind, change, bite.caught, bite.equivalent, bite.seconds
-                )
+        def say(fault: seeded.Fault, done: int, total: int, shown: str = name.replace("/", " ")) -> None:
+            tick(f"{shown} {done}/{total} {fault.kind} in {fault.function.rpartition('.')[2]}")
+
+        tick(f"{name.replace('/', ' ')} as it is")
+        book = Outcomes(evidence, about=_about(row, kernel), calls=_names(row, kernel), until=until, anew=anew)
+        for bite in seeded.bite(checks(row, kernel), equivalent=equivalent(row.name), some=some, seed=seed, tick=say, outcomes=book):
+            fault = bite.fault
+            change = f"{fault.before} -> {fault.after}"
+            yield Tooth(row.name, kernel.name, fault.function, fault.line, fault.kind, change, bite.caught, bite.equivalent, bite.seconds)
+        if book.left and left is not None:
+            left[name] = f"{book.left} faults are left"
+
+
+def _about(row: Mechanism, kernel: Kernel) -> str:
+    """The kernel and its launches, beside the functions that it runs, and what interprets them."""
+    launched = dict.fromkeys(module for launch in kernel.launches for module in kernel.load().spaces[launch.name].modules)
+    return f"{row.name}/{kernel.name} {source_hash([*launched])} triton {device.triton_version()}"
+
+
+def _names(row: Mechanism, kernel: Kernel) -> list[str]:
+    """Of each check: a hash of the call, and of what judges it."""
+    judging = [inputs, numerics, verify, *(sys.modules[function.__module__] for function in (row.reference, row.bound))]
+    strict = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{interpreter.__name__}.")]
+    judged = source_hash([*judging, *strict])
+    return [hashlib.sha256(f"{judged} {call}".encode()).hexdigest()[:8] for call in _asked(row, kernel)]
 
 
 def checks(row: Mechanism, kernel: Kernel) -> list[Callable[[], None]]:
@@ -65,9 +105,20 @@ def checks(row: Mechanism, kernel: Kernel) -> list[Callable[[], None]]:
 
 
 def _check(expected: verify.Expected, run: verify.Run) -> None:
-    with strict_interpreter():
+    with strict_interpreter(), _poisoned():
         comparisons = expected.judge(run)
     numerics.assert_right(comparisons, (expected.options, expected.dtype))
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """torch.empty is full of NaN: an output that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @functools.cache
@@ -75,7 +126,19 @@ def _calls(mechanism: str, variant: str) -> tuple[tuple[verify.Expected, Tile], 
     """Truth and bound are computed once."""
     row = CATALOG[mechanism]
     kernel = next(kernel for kernel in row.kernels if kernel.name == variant)
-    served = [case for case in row.cases if not verify.refused(row, variant, case, torch.float16)]
+    expected = []
+    for case, dtype, spread, layout, tile in _asked(row, kernel):
+        tensors, options = inputs.draw(row, case, dtype=dtype, spread=spread, layout=layout)
+        if "scale" in row.options:
+            options.setdefault("scale", None)
+        judged = verify.expect(row, tensors, options, case.sizes, dtype=dtype, statistical=spread <= 1.0, layout=layout)
+        expected.append((judged, tile))
+    return tuple(expected)
+
+
+def _asked(row: Mechanism, kernel: Kernel) -> list[tuple[Case, torch.dtype, float, str, Tile]]:
+    """Every call: case, dtype, spread, layout, tile."""
+    served = [case for case in row.cases if not verify.refused(row, kernel.name, case, torch.float16)]
     ordered = sorted(served, key=lambda case: sum(case.sizes.values()))
     by_layout = kernel is row.kernels[-1]  # others serve contiguous rows only
     ways = [(torch.float16, 1.0, inputs.STRIDED), (torch.float32, 8.0, inputs.PERMUTED)]
@@ -85,15 +148,7 @@ def _calls(mechanism: str, variant: str) -> tuple[tuple[verify.Expected, Tile], 
     calls = [(case, *way, TILE) for case, way in zip((*single, *ordered), itertools.cycle(ways), strict=False)]
     special = _any_layout(row, kernel, ordered) if by_layout else _contiguous(row, ordered)
     calls += [(case, torch.float16, 1.0, layout, tile) for case, layout, tile in special]
-    calls += [(case, dtype, spread, inputs.CONTIGUOUS, TILE) for case, dtype, spread in _any_numbers(row, ordered)]
-    expected = []
-    for case, dtype, spread, layout, tile in calls:
-        tensors, options = inputs.draw(row, case, dtype=dtype, spread=spread, layout=layout)
-        if "scale" in row.options:
-            options.setdefault("scale", None)
-        judged = verify.expect(row, tensors, options, case.sizes, dtype=dtype, statistical=spread <= 1.0, layout=layout)
-        expected.append((judged, tile))
-    return tuple(expected)
+    return calls + [(case, dtype, spread, inputs.CONTIGUOUS, TILE) for case, dtype, spread in _any_numbers(row, ordered)]
 
 
 Special = Iterator[tuple[Case, str, Tile]]
@@ -123,7 +178,7 @@ def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Specia
 
 
 def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype, float]]:
-    """Of rows: squares beyond float16, products below it, zeros, epsilons that show. Of scans: many steps, tiny ones."""
+    """Of rows: squares beyond float16, products below it, zeros, epsilons that show. States: bfloat16. Scans: many steps, tiny ones."""
     bare, *laden = _bare(row, cases)
     if "x" in row.inputs:
         for spread in (64.0, 2.0**-20, 0.0):
@@ -132,6 +187,9 @@ def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, 
         for case in laden or (bare,):
             yield _with(case, eps=0.0), torch.float16, 1.0
             yield _with(case, eps=0.25), torch.float16, 1.0
+    if "feature_map" in row.options:  # operands of products are narrow in bfloat16 alone
+        for case in (bare, next(case for case in cases if case.options.get("causal") and case.options.get("normalize", True))):
+            yield _sized(row, case, **ONE), torch.bfloat16, 1.0
     if "delta_softplus" in row.options:
         yield _sized(row, bare, l=150), torch.float32, 1.0
         yield _with(bare, delta_softplus=True, delta_bias="normal"), torch.float32, 8.0

@@ -81,14 +81,15 @@ def implementations(row: Mechanism, where: torch.device) -> Iterator[tuple[str, 
 
 
 def kernel_run(row: Mechanism, code: Code, tile: Any = None) -> Run:
-    """Forward and backward of a kernel, called directly."""
+    """Forward and backward of a kernel, called directly; as autograd does, nobody asks for the gradient of what is absent."""
 
     def run(
         tensors: Mapping[str, Any], options: Mapping[str, Any], grads: Sequence[Tensor | None]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         outputs = code.forward(**tensors, **options, **{row.more: True}, tile=tile)
         named = dict(zip(row.outputs, outputs, strict=True))
-        return outputs, code.backward(*grads, **tensors, **named, **options, tile=tile)
+        needs = tuple(tensors[name] is not None for name in row.differentiable)
+        return outputs, code.backward(*grads, **tensors, **named, **options, needs=needs, tile=tile)
 
     return run
 

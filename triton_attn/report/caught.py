@@ -32,6 +32,11 @@ class Kept:
     faults: tuple[str, ...] = field(default=(), repr=False)
 
 
+def evidence(path: Path) -> Path:
+    """Where the ends of single faults stand while a run is under way, by which the next goes on."""
+    return path.with_suffix(".planted.jsonl")
+
+
 def keep(path: Path, found: Sequence[Tooth], catalog: Mapping[str, Mechanism], command: str) -> None:
     """Put the kernels of one run into the file, in the place of what it had of them; the others stay."""
     entries = read(path) if path.exists() else {}

@@ -21,27 +21,13 @@ from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
+from triton_attn.testing.exchanges import exchanges
 from triton_attn.testing.interpreter import strict_interpreter
+from triton_attn.testing.outcomes import Outcome, Outcomes
 
 Path = tuple[tuple[str, int | None], ...]  # fields and positions from a function's node down to the one to exchange
-BOUNDARIES: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-}
-ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mod,
-    ast.Mod: ast.FloorDiv,
-}
 # what the language says to a fault that no compiler would take: it proves nothing
 STILLBORN = (TypeError, AttributeError, NameError)
-MISTAKEN = {"max": "min", "min": "max", "sum": "max", "exp2": "exp", "exp": "exp2", "log2": "log", "log": "log2"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +42,12 @@ class Fault:
     path: Path
     choice: int  # which exchange of the node
     lines: frozenset[tuple[str, int]]  # (file, line) of the node
+
+    @property
+    def place(self) -> str:
+        """Which exchange of which node, wherever the function stands in its file."""
+        way = ".".join(field if position is None else f"{field}[{position}]" for field, position in self.path)
+        return f"{self.function} {way} {self.choice}"
 
     @property
     def key(self) -> str:
@@ -139,7 +131,7 @@ def faults(found_running: Ran) -> list[Fault]:
             spans = frozenset((file, first + line - 1) for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
             if not spans & lines:
                 continue
-            for choice, (kind, exchanged) in enumerate(_exchanges(node, tree)):
+            for choice, (kind, exchanged) in enumerate(exchanges(node, tree)):
                 after = "nothing" if isinstance(exchanged, ast.Pass) else _shown(exchanged)
                 found.append(Fault(name, kind, first + node.lineno - 1, _shown(node), after, path, choice, spans))
     return found
@@ -155,7 +147,7 @@ def planted(fault: Fault, functions: Mapping[str, Any]) -> Iterator[None]:
     node: Any = tree
     for field, position in fault.path:
         node = getattr(node, field) if position is None else getattr(node, field)[position]
-    _, exchanged = list(_exchanges(node, tree))[fault.choice]
+    _, exchanged = list(exchanges(node, tree))[fault.choice]
     faulty = _replaced(tree, fault.path, exchanged)
     rewriter = function.rewriter
     function.rewrite()  # learns the file and the first line
@@ -176,43 +168,69 @@ def bite(
     some: int | None = None,
     seed: int = 0,
     tick: Callable[[Fault, int, int], None] = lambda fault, done, total: None,
+    outcomes: Outcomes | None = None,
 ) -> Iterator[Bite]:
     """Plant every fault, or `some` of them picked by `seed`, in what `check` runs, and see whether `check` raises.
 
-    Several checks are tried, the quickest first, those left out that do not run the line of the fault. `equivalent` gives for the `key` of
-    a fault why it changes nothing that a call can show; it is planted all the same, and counts as caught if it is. A fault that only
-    the language objects to, with a TypeError for instance, would not have compiled: it is left out.
+    Several checks are tried, first the one that caught the fault before on the same line, then the quickest, those left out that do not
+    run the line of the fault. `equivalent` gives for the `key` of a fault why it changes nothing that a call can show; it is planted all
+    the same, and counts as caught if it is. A fault that only the language objects to, with a TypeError for instance, would not have
+    compiled: it is left out. `outcomes` knows those of an earlier run, keeps those of this one, and ends it in time.
     """
     checks = [check] if callable(check) else list(check)
+    book = outcomes or Outcomes(calls=[str(place) for place in range(len(checks))])
     running = ran(*checks)
+    book.begin(running.functions)
     every = faults(running)
     if some is not None:
         random.Random(seed).shuffle(every)
     planted_so_far, total = 0, len(every) if some is None else min(some, len(every))
-    for fault in every:
-        if planted_so_far == total:
+    last: dict[int, int] = {}  # which check caught the fault before, by line
+    for looked_at, fault in enumerate(every):
+        if some is not None and planted_so_far == total:
             return
-        tick(fault, planted_so_far, total)
-        start, caught = time.perf_counter(), _caught(fault, running, checks)
-        if caught is not None:
+        tick(fault, planted_so_far if some is not None else looked_at, total)
+        outcome = _outcome(fault, running, checks, book, last.get(fault.line))
+        if outcome is None:
+            book.left += 1
+            if some is not None and planted_so_far + book.left == total:
+                return
+            continue
+        if outcome.caught:
+            last[fault.line] = book.calls.index(outcome.calls[0])
+        if not outcome.unmade:
             planted_so_far += 1
-            yield Bite(fault, caught, "" if caught else (equivalent or {}).get(fault.key, ""), time.perf_counter() - start)
+            yield Bite(fault, outcome.caught, "" if outcome.caught else (equivalent or {}).get(fault.key, ""), outcome.seconds)
 
 
-def _caught(fault: Fault, running: Ran, checks: Sequence[Callable[[], object]]) -> str | None:
-    """What the first check said that noticed; "" where none did, None where the fault would not compile."""
-    stillborn = False
-    concerned = [i for i, lines in enumerate(running.by_check) if lines & fault.lines]
-    for i in sorted(concerned, key=running.seconds.__getitem__):
+def _outcome(fault: Fault, running: Ran, checks: Sequence[Callable[[], object]], book: Outcomes, likely: int | None) -> Outcome | None:
+    """The fault's end, by every check that runs its line and that it has not met; None where there is no time for that."""
+    known = book.known(fault.place)
+    if known is not None and known.caught:
+        return known
+    met, unmade, start = known.calls if known else (), known is not None and known.unmade, time.perf_counter()
+    concerned = [i for i, lines in enumerate(running.by_check) if lines & fault.lines and book.calls[i] not in met]
+    if known is not None and not concerned:
+        return known
+    if book.late:
+        return None
+    outcome = None
+    for i in sorted(concerned, key=lambda i: (i != likely, running.seconds[i])):
         try:
             # strict, lest a fault writes where it should not
             with planted(fault, running.functions), strict_interpreter():
                 checks[i]()
         except STILLBORN:
-            stillborn = True
+            unmade = True
         except Exception as error:  # noqa: BLE001  any other exception is a catch
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return None if stillborn else ""
+            said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            outcome = Outcome(said, (book.calls[i],), time.perf_counter() - start)
+            break
+    if outcome is None:
+        spent = time.perf_counter() - start + (known.seconds if known else 0.0)
+        outcome = Outcome("", (*met, *(book.calls[i] for i in concerned)), spent, unmade)
+    book.keep(fault.place, outcome, fault.key)
+    return outcome
 
 
 def _parsed(function: Any) -> tuple[ast.FunctionDef, int]:
@@ -256,77 +274,3 @@ def _replaced(tree: ast.FunctionDef, path: Path, exchanged: ast.AST) -> ast.Func
     else:
         getattr(owner, field)[position] = copy.deepcopy(exchanged)
     return copied
-
-
-def _exchanges(node: Any, tree: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
-    """(kind, what stands in the node's place)."""
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in BOUNDARIES:
-        yield "wrong boundary", _with(node, ops=[BOUNDARIES[type(node.ops[0])]()])
-    elif isinstance(node, ast.BinOp):
-        if type(node.op) in ARITHMETIC:
-            yield "wrong arithmetic", _with(node, op=ARITHMETIC[type(node.op)]())
-        elif isinstance(node.op, ast.Mult):
-            yield "forgotten factor", node.left
-        elif isinstance(node.op, (ast.BitAnd, ast.BitOr)):
-            yield "forgotten mask", node.left
-            yield "forgotten mask", node.right
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
-        yield "wrong sign", node.operand
-    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int):
-        other = node.slice.value - 1 if node.slice.value else 1
-        yield "wrong stride", _with(node, slice=ast.Constant(other))
-    elif isinstance(node, ast.If):
-        yield "inverted flag", _with(node, test=ast.UnaryOp(ast.Not(), node.test))
-    elif isinstance(node, ast.Call):
-        yield from _exchanged_calls(node)
-    elif (
-        isinstance(node, ast.AugAssign)
-        or (isinstance(node, ast.Assign) and _assigned_before(node, tree))
-        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
-    ):
-        yield "forgotten statement", ast.Pass()
-
-
-def _exchanged_calls(node: ast.Call) -> Iterator[tuple[str, Any]]:
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    named = {keyword.arg: keyword for keyword in node.keywords}
-    if name in ("load", "store") and "mask" in named:
-        yield "forgotten mask", _with(node, keywords=[keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")])
-    if name == "load" and "other" in named:
-        other = ast.Constant(0) if ast.unparse(named["other"].value) not in ("0", "0.0") else ast.Constant(1)
-        yield "wrong filler", _with(node, keywords=[named["mask"], ast.keyword("other", other)])
-    if name == "where" and len(node.args) == 3:
-        yield "swapped branches", _with(node, args=[node.args[0], node.args[2], node.args[1]])
-        yield "forgotten where", node.args[1]
-    if name in ("maximum", "minimum") and len(node.args) == 2:
-        yield f"dropped {name}", node.args[0]
-        yield f"dropped {name}", node.args[1]
-    if name in MISTAKEN and isinstance(node.func, ast.Attribute):
-        yield "wrong function", _with(node, func=_with(node.func, attr=MISTAKEN[name]))
-    if name == "to" and isinstance(node.func, ast.Attribute) and len(node.args) == 1:
-        yield "wrong dtype", node.func.value
-    if name == "float" and node.args:
-        yield "wrong filler", ast.Constant(0.0)
-    if name in ("range", "static_range") and len(node.args) == 3:
-        first, end, step = node.args
-        yield "swapped bounds", _with(node, args=[step, end, step])
-        yield "swapped bounds", _with(node, args=[first, ast.BinOp(end, ast.Sub(), step), step])
-    if name == "dot" and len(node.args) == 3:
-        yield "forgotten accumulator", _with(node, args=node.args[:2])
-    if name == "full" and len(node.args) > 1:
-        yield "wrong start", _with(node, args=[node.args[0], ast.Constant(0.0), *node.args[2:]])
-
-
-def _assigned_before(node: ast.Assign, tree: ast.FunctionDef) -> bool:
-    """Whether leaving it out leaves a name that exists."""
-    names = {x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name)}
-    known = {argument.arg for argument in tree.args.args}
-    for other in ast.walk(tree):
-        if isinstance(other, ast.Assign) and (other.lineno, other.col_offset) < (node.lineno, node.col_offset):
-            known |= {x.id for target in other.targets for x in ast.walk(target) if isinstance(x, ast.Name)}
-    return names <= known
-
-
-def _with(node: Any, **fields: Any) -> Any:
-    """A copy of a node with some fields exchanged."""
-    return ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), **fields}), node)
