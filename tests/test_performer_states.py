@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_attn import ArgumentError, orthogonal_projection, performer_attention
+from triton_attn import ArgumentError, orthogonal_projection, performer_attention, use_backend
 from triton_attn.nn import PerformerAttention
 from triton_attn.portable._carried import CHUNK
 
@@ -110,3 +110,18 @@ def test_steps_of_the_module_are_its_forward_and_their_state_does_not_grow(kerne
 def test_a_module_that_sees_later_tokens_takes_no_step() -> None:
     with pytest.raises(ArgumentError, match="causal is False; allowed for step: True"):
         PerformerAttention(24, 3).step(torch.ones(1, 1, 24))
+
+
+def test_a_compiled_call_has_finite_gradients_where_levels_are_large() -> None:
+    """Its last chunk is filled up, and a power at no query may not become infinite."""
+    torch.manual_seed(4)
+    projection = 8 * orthogonal_projection(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    q, k, v = ((torch.randn(1, 2, CHUNK + 5, D) * 4).requires_grad_() for _ in range(3))
+    found = []
+    for call in (performer_attention, torch.compile(performer_attention, backend="aot_eager", fullgraph=True)):
+        with use_backend("portable"):
+            out = call(q, k, v, projection, causal=True)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(x.isfinite().all() for x in found[0])
+    for ours, eager in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)

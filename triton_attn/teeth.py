@@ -187,7 +187,7 @@ def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, 
         for case in laden or (bare,):
             yield _with(case, eps=0.0), torch.float16, 1.0
             yield _with(case, eps=0.25), torch.float16, 1.0
-    if "feature_map" in row.options:  # operands of products are narrow in bfloat16 alone
+    if "normalizer" in row.outputs:  # operands of products are narrow in bfloat16 alone
         for case in (bare, next(case for case in cases if case.options.get("causal") and case.options.get("normalize", True))):
             yield _sized(row, case, **ONE), torch.bfloat16, 1.0
     if "delta_softplus" in row.options:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from triton_attn.portable._carried import CHUNK, with_ones
 
-SPAN = 8 * CHUNK  # whose states fit a cache: there are as many as chunks, each of all features
 Walked = tuple[Tensor, Tensor, Tensor]  # outputs, the state after the last key, its level
 
 
@@ -79,39 +78,61 @@ def _whole(rows: Tensor, columns: Tensor, value: Tensor, level: Tensor, state: T
 
 
 def _running(rows: Tensor, columns: Tensor, value: Tensor, level: Tensor, state: Tensor, at: Tensor) -> Walked:
-    if rows.shape[3] == 0:
+    """Chunk by chunk. States are relative to the largest level so far, and so is every score."""
+    n = level.shape[-1]
+    if n == 0:
         return _whole(rows, columns, value, level, state, at)
-    if torch.compiler.is_compiling():
-        # a loop over spans would fix the length in the graph
-        return _span(rows, columns, value, level, state, at)
-    parts = []
-    spans = (torch.split(x, SPAN, axis) for x, axis in ((rows, 3), (columns, 2), (value, 2), (level, 2)))
-    for q, k, v, m in zip(*spans, strict=True):
-        part, state, at = _span(q, k, v, m, state, at)
-        parts.append(part)
-    return torch.cat(parts, 3), state, at
+    seen = torch.maximum(level.detach().cummax(-1).values, at[..., None])
+    ends = torch.cat((at[..., None], seen[..., CHUNK - 1 : n - 1 : CHUNK], seen[..., -1:]), -1)
+    shrunk = (_repeated(ends[..., :-1], n) - _safe(seen)).exp()[:, :, None, :, None]
+    added = value * (level - _safe(_repeated(ends[..., 1:], n))).exp()[..., None]
+    # a loop would fix the length in a graph
+    walk = _side_by_side if torch.compiler.is_compiling() else _in_turn
+    out, state = walk(rows, columns[:, :, None], value[:, :, None], added, level, _safe(seen), shrunk, state, ends)
+    return out, state, ends[..., -1]
 
 
-def _span(q: Tensor, k: Tensor, v: Tensor, level: Tensor, state: Tensor, at: Tensor) -> Walked:
-    """Chunks side by side. States are relative to the largest level so far, and so is every score."""
-    b, g, group, n, f = q.shape
-    e, chunks = v.shape[-1], (n + CHUNK - 1) // CHUNK
-    if torch.compiler.is_compiling() or chunks * CHUNK != n:
-        q, k, v = (F.pad(x, (0, 0, 0, chunks * CHUNK - n)) for x in (q, k, v))
-        level = F.pad(level, (0, chunks * CHUNK - n), value=-math.inf)
-    seen = torch.maximum(level.detach().cummax(-1).values, at[..., None]).view(b, g, chunks, CHUNK)
-    q = q.view(b, g, group, chunks, CHUNK, f).transpose(2, 3).reshape(b, g, chunks, group * CHUNK, f)
-    k, v, level = (x.view(b, g, chunks, CHUNK, *x.shape[3:]) for x in (k, v, level))
-    # above the diagonal a key may be the larger one: it is hidden before its exponential is taken
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    weights = (level[..., None, :] - _safe(seen)[..., None]).masked_fill(later, -math.inf).exp()
-    scores = ((q @ k.mT).view(b, g, chunks, group, CHUNK, CHUNK) * weights[:, :, :, None]).view(b, g, chunks, group * CHUNK, CHUNK)
-    ends = torch.cat((at[..., None], seen[..., -1]), -1)
-    sums = k.mT @ (v * (level - _safe(ends[..., 1:, None])).exp()[..., None])
+def _repeated(x: Tensor, n: int) -> Tensor:
+    """What a chunk has, for each of its tokens."""
+    return x[..., None].expand(*x.shape, CHUNK).flatten(-2)[..., :n]
+
+
+def _weights(level: Tensor, seen: Tensor) -> Tensor:
+    """e^(m_j - M_i). Above the diagonal a key may be the larger one: it is hidden before its power is taken."""
+    later = torch.ones(level.shape[-1], level.shape[-1], dtype=torch.bool, device=level.device).triu(1)
+    return (level[..., None, :] - seen[..., None]).masked_fill(later, -math.inf).exp()
+
+
+def _in_turn(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor, level: Tensor, seen: Tensor, shrunk: Tensor, state: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    kept = (ends[..., :-1] - _safe(ends[..., 1:])).exp()[..., None, None]
+    outs = []
+    lines = (torch.split(x, CHUNK, axis) for x, axis in ((q, 3), (k, 3), (v, 3), (added, 2), (level, 2), (seen, 2), (shrunk, 3)))
+    for i, (q, k, v, added, level, seen, shrunk) in enumerate(zip(*lines, strict=True)):
+        scores = (q @ k.mT) * _weights(level, seen)[:, :, None]
+        outs.append(scores @ v + (q @ state[:, :, None]) * shrunk)
+        state = state * kept[:, :, i] + k[:, :, 0].mT @ added
+    return torch.cat(outs, 3), state
+
+
+def _side_by_side(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor, level: Tensor, seen: Tensor, shrunk: Tensor, state: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Every chunk at once, the states before them by a triangle of decays."""
+    n, chunks = level.shape[-1], ends.shape[-1] - 1
+    q, k, v, shrunk = (_chunked(x, 3, chunks) for x in (q, k, v, shrunk))
+    added, level = (_chunked(x, 2, chunks) for x in (added, level))
+    seen = _chunked(seen, 2, chunks, math.inf)  # or powers at no query may be infinite, and their gradients NaN
+    sums = torch.cat((state[:, :, None], k[:, :, 0].mT @ added), 2)
     earlier = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=q.device).tril()
     decay = (ends[..., None, :] - _safe(ends)[..., None]).masked_fill(~earlier, -math.inf).exp()
-    before = (decay @ torch.cat((state[:, :, None], sums), 2).flatten(3)).view(b, g, chunks + 1, f, e)
-    shrunk = (ends[..., :-1, None] - _safe(seen)).exp()[:, :, :, None].expand(b, g, chunks, group, CHUNK)
-    out = (q @ before[:, :, :-1]) * shrunk.reshape(b, g, chunks, group * CHUNK, 1) + scores @ v
-    out = out.view(b, g, chunks, group, CHUNK, e).transpose(2, 3).reshape(b, g, group, chunks * CHUNK, e)
-    return out[..., :n, :], before[:, :, -1], ends[..., -1]
+    states = (decay @ sums.flatten(3)).view(sums.shape)
+    out = (q @ k.mT * _weights(level, seen)[:, :, None]) @ v + (q @ states[:, :, None, :-1]) * shrunk
+    return out.flatten(3, 4)[..., :n, :], states[:, :, -1]
+
+
+def _chunked(x: Tensor, axis: int, chunks: int, beyond: float = 0.0) -> Tensor:
+    """That axis as (chunks, CHUNK), filled up at its end, which no query sees."""
+    filled = F.pad(x, (*(0 for _ in range(2 * (x.ndim - 1 - axis))), 0, chunks * CHUNK - x.shape[axis]), value=beyond)
+    return filled.view(*x.shape[:axis], chunks, CHUNK, *x.shape[axis + 1 :])
