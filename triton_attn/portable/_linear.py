@@ -24,8 +24,9 @@ def linear_attention(
     initial_normalizer: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Linear attention in O(N) time and memory; no state is kept for a token."""
-    (b, h), g = query.shape[:2], key.shape[1]
+    """O(N) time and memory; no state is kept for a token. Queries may be (B, Hk, members, M, D), and then so is the result."""
+    b, g = key.shape[:2]
+    members = query.shape[2] if query.ndim == 5 else query.shape[1] // g if g else 1
     wide = torch.promote_types(query.dtype, torch.float32)
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
@@ -39,10 +40,10 @@ def linear_attention(
         top = value.new_zeros(*shape, value.shape[-1], dtype=wide) if initial_state is None else initial_state
         bottom = value.new_zeros(shape, dtype=wide) if initial_normalizer is None else initial_normalizer
         state = torch.cat((top, bottom[..., None]), -1)
-    phi_q = phi_q.reshape(b, g, h // g if g else 1, *phi_q.shape[2:])
+    phi_q = phi_q.reshape(b, g, members, *phi_q.shape[-2:])
     walk = _carried.causal if causal else _carried.everything
     both, last = walk(phi_q, phi_k, _carried.with_ones(value.to(wide)), state)
-    both = both.flatten(1, 2)
+    both = both if query.ndim == 5 else both.flatten(1, 2)
     out, bottom = both[..., :-1], both[..., -1:]
     scale = 1.0 if scale is None else scale
     if normalize:

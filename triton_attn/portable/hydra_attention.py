@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from triton_attn.portable._linear import linear_attention
@@ -21,10 +20,8 @@ def hydra_attention(
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Hydra attention in O(N) time and memory."""
-    branches, heads = query_branches.shape[1:3]
-    query = torch.flatten(query_branches.transpose(1, 2), 1, 2)  # branches are query heads that share a key head
     out, state, normalizer = linear_attention(
-        query,
+        query_branches.transpose(1, 2),  # members of a key head
         key,
         value,
         feature_map=feature_map,
@@ -34,5 +31,5 @@ def hydra_attention(
         key_padding_mask=key_padding_mask,
         return_state=True,
     )
-    out = torch.unflatten(out, 1, (heads, branches)).transpose(1, 2).contiguous()
+    out = out.transpose(1, 2).contiguous()
     return (out, state, normalizer) if return_state else out
