@@ -67,7 +67,10 @@ CARRIED = (
         "a product of tf32 cuts what is left of the bits; test_linear_attention has a quotient that shows a denominator with them",
         ("narrowed: x.to(tl.int32, bitcast=True) + 4096 & -8192 -> x.to(tl.int32, bitcast=True) + 4096",),
     ),
-    Argument("products in float32 are as right, and slower", ("narrowed: x.to(tl.bfloat16) -> x",)),
+    Argument(
+        "products in float32 are as right, and slower",
+        ("narrowed: x.to(tl.bfloat16) -> x", "sum_kernel: y, z = (narrowed(y, LIKE), narrowed(z, LIKE)) -> nothing"),
+    ),
     Argument("both sides are 0 at 0", ("relu: x < 0.0 -> x <= 0.0",)),
     Argument("no drawn number is 0; test_linear_attention has such queries and keys", ("relu_slope: x > 0.0 -> x >= 0.0",)),
     Argument("both sides are one at 0", tuple(f"{name}: x > 0.0 -> x >= 0.0" for name in ("elu", "elu_slope"))),
