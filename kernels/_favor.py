@@ -23,7 +23,7 @@ def load_projection(w_ptr, rows, there, strides, WIDTH: tl.constexpr, PADDED: tl
     """Some rows of W, as precise as products of tf32 are: what is lost here moves an exponent."""
     columns = tl.arange(0, PADDED)
     mask = there[:, None] & (columns < WIDTH)[None, :]
-    w = tl.load(w_ptr + rows[:, None] * strides[0] + columns.to(tl.int64)[None, :] * strides[1], mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + rows[:, None] * strides[0] + columns.to(tl.int64)[None, :] * strides[1], mask=mask, other=0.0)
     if LIKE == tl.bfloat16:
         return narrowed(w, tl.float16)
     else:
@@ -35,6 +35,12 @@ def powers(x, w, there, largest, root, EXPONENT: tl.constexpr):
     """e^(W x - largest), zero where there is no feature."""
     exponents = tl.dot(x, tl.trans(w), input_precision=EXPONENT) * root
     return tl.where(there[None, :], tl.exp(exponents - largest[:, None]), 0.0)
+
+
+@triton.jit
+def phi(x, w, there, largest, root, epsilon, EXPONENT: tl.constexpr, LIKE: tl.constexpr):
+    """Features as operands of a product."""
+    return narrowed(powers(x, w, there, largest, root, EXPONENT) + tl.where(there[None, :], epsilon, 0.0), LIKE)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def level_kernel(
     shown = inside
     if padding_ptr is not None:
         at = padding_ptr + batch * padding_strides[0] + lines.to(tl.int64) * padding_strides[1]
-        shown = inside & (tl.load(at, mask=inside, other=1) == 0)
+        shown = tl.load(at, mask=inside, other=1) == 0
     x = load_tile(x_ptr + head_place(batch, head, 1, x_strides), lines, shown, x_strides, WIDTH, PADDED)
     largest = tl.full((BLOCK,), NEGATIVE, tl.float32)
     for first in range(0, features, BLOCK_F):
@@ -153,9 +159,9 @@ def sum_kernel(
         if factor_ptr is not None:
             z *= tl.load(factor_ptr + row + lines, mask=inside, other=0.0)[:, None]
             weight *= tl.load(weight_ptr + row + lines, mask=inside, other=0.0)
-        phi = narrowed(tl.where(there[None, :], powers(y, w, there, largest, root, EXPONENT) + epsilon, 0.0), LIKE)
-        state = tl.dot(tl.trans(phi), narrowed(z * grown[:, None], LIKE), state, input_precision=PRECISION)
-        side += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
+        y = phi(y, w, there, largest, root, epsilon, EXPONENT, LIKE)
+        state = tl.dot(tl.trans(y), narrowed(z * grown[:, None], LIKE), state, input_precision=PRECISION)
+        side += tl.sum(y.to(tl.float32) * weight[:, None], 0)
     columns = tl.arange(0, PADDED_Z)
     cell = (at_span.to(tl.int64) * pairs + pair) * features + rows
     mask = there[:, None] & (columns < WIDTH_Z)[None, :]

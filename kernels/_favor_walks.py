@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from triton_attn.kernels._carried import head_place, narrowed
-from triton_attn.kernels._favor import NEGATIVE, VARYING, load_projection, load_tile, powers, safe
+from triton_attn.kernels._favor import NEGATIVE, VARYING, load_projection, load_tile, phi, powers, safe
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -104,7 +104,7 @@ def out_kernel(
             shown = (x_level == -NEGATIVE) == 0
             largest = tl.load(x_largest_ptr + x_row + lines, mask=inside, other=0.0)
             x = load_tile(x_base, lines, shown, x_strides, WIDTH, PADDED)
-            x = narrowed(tl.where(there[None, :], powers(x, w, there, largest, root, EXPONENT) + epsilon, 0.0), LIKE)
+            x = phi(x, w, there, largest, root, epsilon, EXPONENT, LIKE)
             shrunk = tl.exp(at - x_level)
             out = tl.dot(x, narrowed(state, LIKE), input_precision=PRECISION) * shrunk[:, None]
             bottom = tl.zeros((BLOCK,), tl.float32)
@@ -115,7 +115,7 @@ def out_kernel(
                 seen = (y_level == NEGATIVE) == 0
                 largest = tl.load(y_largest_ptr + y_row + lines, mask=inside, other=0.0)
                 y = load_tile(y_base, lines, seen, y_strides, WIDTH, PADDED)
-                y = narrowed(tl.where(there[None, :], powers(y, w, there, largest, root, EXPONENT) + epsilon, 0.0), LIKE)
+                y = phi(y, w, there, largest, root, epsilon, EXPONENT, LIKE)
                 z = load_tile(z_base, lines, seen, z_strides, WIDTH_Z, PADDED_Z)
                 if factor_ptr is not None:
                     z *= tl.load(factor_ptr + y_row + lines, mask=inside, other=0.0)[:, None]
@@ -249,7 +249,7 @@ def gradient_kernel(
                     y_weight = tl.load(y_weight_ptr + line_y + lines, mask=inside, other=0.0)
                 largest = tl.load(z_largest_ptr + z_row + lines, mask=inside, other=0.0)
                 z = load_tile(z_base, lines, seen, z_strides, WIDTH, PADDED)
-                z = narrowed(tl.where(there[None, :], powers(z, w, there, largest, root, EXPONENT) + epsilon, 0.0), LIKE)
+                z = phi(z, w, there, largest, root, epsilon, EXPONENT, LIKE)
                 exponents = tl.where(steps[:, None] >= steps[None, :], y_level[None, :] - x_level[:, None], NEGATIVE)
                 scores = tl.dot(x, tl.trans(narrowed(y, LIKE)), input_precision=PRECISION) + x_weight[:, None] * y_weight[None, :]
                 grad = tl.dot(narrowed(scores * tl.exp(exponents), LIKE), z, grad, input_precision=PRECISION)
@@ -263,9 +263,8 @@ def gradient_kernel(
             slopes = grad * powers(own, w, there, largest, root, EXPONENT)
             out = tl.dot(narrowed(slopes, LIKE), narrowed(w, LIKE), input_precision=PRECISION) * root
             if NORM:
-                # features past the last have neither power nor epsilon
-                falls = tl.sum(slopes + tl.where(there[None, :], grad * epsilon, 0.0), 1)
-                out -= own * (falls * root * root)[:, None]
+                falls = tl.sum(slopes + grad * epsilon, 1) * root * root
+                out -= own * falls[:, None]
             spots = (pair.to(tl.int64) * len_x + lines[:, None]) * WIDTH + columns[None, :]
             written = inside[:, None] & (columns < WIDTH)[None, :]
             if first > 0:
