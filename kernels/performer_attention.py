@@ -20,7 +20,7 @@ SPACES = _favor_tiles.SPACES
 
 @dataclass(frozen=True)
 class _Seen:
-    """What both directions compute first."""
+    """What every walk wants to know of its lines."""
 
     call: Call
     query: Lines
@@ -40,20 +40,26 @@ def _see(
     padding: Tensor | None,
     initial: Tensor | None,
     tile: Tiles,
+    known: _Seen | None = None,
 ) -> _Seen:
+    """By the tile of a launch; what another launch knows of the lines is not computed again."""
     chosen = chosen_tile(tile, launch, SPACES, POINTERS, key_of(query, value, "identity", True, causal), query)
     width = max(padded(query.shape[-1]), padded(value.shape[-1]))
     call = Call(query.shape[1], key.shape[1], phi, chosen, query.dtype, causal, width)
-    padding = None if padding is None or padding.numel() == 0 else padding.view(torch.uint8)
-    largest_q, _ = levels(call, query)
-    largest_k, level = levels(call, key, padding)
+    if known is None:
+        padding = None if padding is None or padding.numel() == 0 else padding.view(torch.uint8)
+        largest_q, _ = levels(call, query)
+        largest_k, level = levels(call, key, padding)
+        q, k = Lines(query, largest_q), Lines(key, largest_k)
+    else:
+        q, k, level = known.query, known.key, known.level
     along = chain(call, level, initial)
     m = query.shape[2]
     if causal:
         at = Levels(safe(along.running), level, along.before)
     else:
         at = Levels(safe(along.last)[..., None].repeat(1, 1, m), level, _everywhere(call, along.last, m))
-    return _Seen(call, Lines(query, largest_q), Lines(key, largest_k), level, along, at)
+    return _Seen(call, q, k, level, along, at)
 
 
 def _everywhere(call: Call, last: Tensor, length: int) -> Tensor:
@@ -140,8 +146,8 @@ def performer_attention_backward(
     if not any(needs[1:]):
         return tuple(found)
     # from the end back to the start: what later queries ask of a key
-    seen = _see(BACKWARD_KEY, query, key, value, phi, causal, key_padding_mask, initial_level, tile)
-    call, q, k = replace(seen.call, reverse=True), seen.query, seen.key
+    seen = _see(BACKWARD_KEY, query, key, value, phi, causal, key_padding_mask, initial_level, tile, seen)
+    call = replace(seen.call, reverse=True)
     asked = -seen.at.x
     along = chain(call, asked, -safe(seen.along.last))
     spanned, total = sums(call, replace(q, weight=weight), dn, asked, along, State(grad_state, grad_normalizer))

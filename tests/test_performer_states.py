@@ -11,6 +11,7 @@ from torch import Tensor
 
 from triton_attn import ArgumentError, orthogonal_projection, performer_attention, use_backend
 from triton_attn.nn import PerformerAttention
+from triton_attn.portable import performer_attention as portable
 from triton_attn.portable._carried import CHUNK
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -125,3 +126,17 @@ def test_a_compiled_call_has_finite_gradients_where_levels_are_large() -> None:
     assert all(x.isfinite().all() for x in found[0])
     for ours, eager in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+@CAUSAL
+def test_heads_in_parts_are_heads_together(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value, projection = drawn(CHUNK + 7)
+    _, begun = call((query, key, value), projection, causal=causal, return_state=True)
+    leaves = [x.requires_grad_() for x in (query, key, value, *begun[:2])]
+    found = []
+    for most in (portable.MOST, 1):
+        monkeypatch.setattr(portable, "MOST", most)
+        state = (*leaves[3:], begun[2])
+        out, last = call(leaves[:3], projection, causal=causal, initial_state=state, return_state=True)
+        found.append([out, *last, *torch.autograd.grad(out.square().sum() + last[0].square().sum(), leaves)])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)

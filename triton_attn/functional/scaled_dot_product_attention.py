@@ -60,7 +60,9 @@ def scaled_dot_product_attention(
         plain = _plain(query, key, value)
         if plain and (attn_mask is None or (not is_causal and _plain_mask(attn_mask, query, key))):
             # what most calls are: all that `attention` checks, in a third of the time
-            mask = attn_mask if attn_mask is None or attn_mask.ndim == 4 else attn_mask[(None,) * (4 - attn_mask.ndim)]
+            mask = attn_mask
+            if mask is not None and mask.ndim < 4:
+                mask = mask.expand((1,) * (4 - mask.ndim) + mask.shape)  # a microsecond less than an index of None
             tensors = {"query": query, "key": key, "value": value, "mask": mask, "key_padding_mask": None, "seed": None}
             options = {
                 "causal": "top_left" if is_causal else "",
@@ -104,7 +106,9 @@ def _plain_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     shape, of_query = mask.shape, query.shape
     if not 2 <= len(shape) <= 4 or shape[-2] != of_query[2] or shape[-1] != key.shape[2] or mask.dtype not in (torch.bool, query.dtype):
         return False
-    return all(size in (1, wanted) for size, wanted in zip(shape[:-2], of_query[4 - len(shape) : 2], strict=True))
+    # written out: a generator takes another microsecond
+    heads, items = shape[-3] if len(shape) > 2 else 1, shape[0] if len(shape) == 4 else 1
+    return (heads == 1 or heads == of_query[1]) and (items == 1 or items == of_query[0])
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from triton_attn.portable._carried import CHUNK, with_ones
 
+MOST = 2 << 20  # features of queries and keys at a time, 8 MiB in float32
 Walked = tuple[Tensor, Tensor, Tensor]  # outputs, the state after the last key, its level
 
 
@@ -29,10 +32,42 @@ def performer_attention(
     initial_level: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Some heads at a time: what is computed of all of them would be fresh memory again and again."""
+    g, features = key.shape[1], projection.shape[0]
+    group = query.shape[1] // g if g else 1
+    options: dict[str, Any] = {"causal": causal, "kernel_epsilon": kernel_epsilon, "eps": eps, "key_padding_mask": key_padding_mask}
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    heads = g
+    if not torch.compiler.is_compiling():
+        heads = max(1, MOST // max(1, query.shape[0] * (group * query.shape[2] + key.shape[2]) * features))
+    states = (initial_state, initial_normalizer, initial_level)
+    if heads >= g:
+        out, *last = _together(query, key, value, projection, states, scale, **options)
+    else:
+        splits = ((query, heads * group), *((x, heads) for x in (key, value, *states)))
+        parts = zip(*((None,) * -(-g // heads) if x is None else torch.split(x, size, 1) for x, size in splits), strict=True)
+        made = [_together(q, k, v, projection, begun, scale, **options) for q, k, v, *begun in parts]
+        out, *last = (torch.cat(part, 1) for part in zip(*made, strict=True))
+    return (out, *last) if return_state else out  # type: ignore[return-value]
+
+
+def _together(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor,
+    begun: Sequence[Tensor | None],
+    scale: float,
+    *,
+    causal: bool,
+    kernel_epsilon: float,
+    eps: float,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Numerator and denominator are one product, relative to e^M, M being the largest level that a query sees."""
     (b, h), g = query.shape[:2], key.shape[1]
+    initial_state, initial_normalizer, initial_level = begun
     wide = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
@@ -50,7 +85,7 @@ def performer_attention(
     both = both.flatten(1, 2)
     total = both[..., -1:] + eps * columns.shape[-1]
     out = (both[..., :-1] / total.masked_fill(total == 0, 1.0)).to(query.dtype).contiguous()
-    return (out, state[..., :-1].contiguous(), state[..., -1].contiguous(), at) if return_state else out
+    return out, state[..., :-1].contiguous(), state[..., -1].contiguous(), at
 
 
 def _features(x: Tensor, projection: Tensor, scale: float, epsilon: float) -> tuple[Tensor, Tensor]:
