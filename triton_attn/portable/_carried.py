@@ -42,7 +42,8 @@ def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: Tensor | None) ->
 def _span(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     b, g, group, n, f = q.shape
     e, chunks = v.shape[-1], (n + CHUNK - 1) // CHUNK
-    q, k, v = (F.pad(x, (0, 0, 0, chunks * CHUNK - n)) for x in (q, k, v))
+    if torch.compiler.is_compiling() or chunks * CHUNK != n:  # torch copies for padding of 0, too
+        q, k, v = (F.pad(x, (0, 0, 0, chunks * CHUNK - n)) for x in (q, k, v))
     q = q.view(b, g, group, chunks, CHUNK, f).transpose(2, 3).reshape(b, g, chunks, group * CHUNK, f)
     k, v = k.view(b, g, chunks, CHUNK, f), v.view(b, g, chunks, CHUNK, e)
     scores = (q @ k.mT).view(b, g, chunks, group, CHUNK, CHUNK).tril().view(b, g, chunks, group * CHUNK, CHUNK)
