@@ -32,13 +32,13 @@ def performer_attention(
     initial_level: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Some heads at a time: what is computed of all of them would be fresh memory again and again."""
+    """Without `causal` some heads at a time: what is computed of all of them would be fresh memory again and again."""
     g, features = key.shape[1], projection.shape[0]
     group = query.shape[1] // g if g else 1
     options: dict[str, Any] = {"causal": causal, "kernel_epsilon": kernel_epsilon, "eps": eps, "key_padding_mask": key_padding_mask}
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = g
-    if not torch.compiler.is_compiling():
+    if not (causal or torch.compiler.is_compiling()):  # chunks of few heads would be too small
         heads = max(1, MOST // max(1, query.shape[0] * (group * query.shape[2] + key.shape[2]) * features))
     states = (initial_state, initial_normalizer, initial_level)
     if heads >= g:
