@@ -93,10 +93,12 @@ def bound(
     begun_off = torch.zeros_like(first) if initial_level is None else safe(first).abs()
     seen_off, last_off = running(off, begun_off, causal)
     weights = _weights(level, seen, causal, query.shape[2])
-    loose = weights * (2 + off[..., None, :] + seen_off[..., None] + safe(seen).abs()[..., None])
+    loose = weights * (2 + off[..., None, :] + (seen_off + safe(seen).abs())[..., None])
     weights, loose = _spread(weights, group), _spread(loose, group)
-    left = (level - safe(last)[..., None]).exp() * (2 + off + (last_off + safe(last).abs())[..., None])
-    before = _spread((first[..., None] - safe(seen)).exp() * (2 + begun_off[..., None] + seen_off + safe(seen).abs()), group)[..., None]
+    left = (level - safe(last)[..., None]).exp()[..., None]
+    loose_left = left * (2 + off + (last_off + safe(last).abs())[..., None])[..., None]
+    before = _spread((first[..., None] - safe(seen)).exp(), group)[..., None]
+    loose_before = before * _spread(2 + begun_off[..., None] + seen_off + safe(seen).abs(), group)[..., None]
     kept = (first - safe(last)).exp() * (2 + begun_off + last_off + safe(last).abs())
     keys, values, err_q, err_keys = _spread(k, group), _spread(value.abs(), group), q * unit_q, _spread(k * unit_k, group)
     begun = torch.zeros_like(k.mT @ value) if initial_state is None else initial_state.abs()
@@ -119,40 +121,49 @@ def bound(
         initial_level=initial_level,
     )
     assert isinstance(out, Tensor)
-    exact = _spread((first[..., None] - safe(seen)).exp(), group)[..., None]
     signed = torch.zeros_like(wide_sum) if initial_normalizer is None else _spread(initial_normalizer, group)[..., None]
     constant = eps * projection.shape[0]
-    divisor = (plain.sum(-1, keepdim=True) + q @ signed * exact + constant).abs()
+    divisor = (plain.sum(-1, keepdim=True) + q @ signed * before + constant).abs()
     divisor = divisor.masked_fill(divisor == 0, 1.0)
-    err_top = err @ values + (err_q + q) @ wide_begun * before
-    err_bottom = err.sum(-1, keepdim=True) + (err_q + q) @ wide_sum * before + constant
+    err_begun = err_q * before + q * loose_before
+    err_top = err @ values + err_begun @ wide_begun
+    err_bottom = err.sum(-1, keepdim=True) + err_begun @ wide_sum + constant
     err_out = (err_top + out.abs() * err_bottom) / divisor
+    d_top, d_bottom = grad_out.abs() / divisor, (grad_out * out).abs().sum(-1, keepdim=True) / divisor
     loss = 1.0 + err_bottom / divisor
-    d_top = grad_out.abs() / divisor * loss
-    d_bottom = (grad_out.abs() * (err_out + out.abs() * loss)).sum(-1, keepdim=True) / divisor
-    d_scores = (d_top @ values.mT + d_bottom) * loose
-    twice_q, twice_keys = q + err_q, keys + err_keys
-    d_q = d_scores @ twice_keys + (d_top @ wide_begun.mT + d_bottom * wide_sum.mT) * before
-    d_k, d_value = _summed(d_scores.mT @ twice_q, group), _summed((plain + err).mT @ d_top, group)
-    d_state = _summed((twice_q * before).mT @ d_top, group)
-    d_normalizer = _summed((twice_q * before * d_bottom).sum(2), group)
-    twice_k = (k + k * unit_k) * left[..., None]
+    err_d_top = d_top * loss
+    err_d_bottom = (grad_out.abs() * (err_out + out.abs() * loss)).sum(-1, keepdim=True) / divisor
+    d_scores = d_top @ values.mT + d_bottom
+    err_d_scores = (err_d_top @ values.mT + err_d_bottom) * weights + d_scores * loose
+    d_scores = d_scores * weights
+    d_begun, err_d_begun = (x @ wide_begun.mT + y * wide_sum.mT for x, y in ((d_top, d_bottom), (err_d_top, err_d_bottom)))
+    d_q = d_scores @ keys + d_begun * before
+    err_d_q = err_d_scores @ keys + d_scores @ err_keys + err_d_begun * before + d_begun * loose_before
+    d_k, err_d_k = _summed(d_scores.mT @ q, group), _summed(err_d_scores.mT @ q + d_scores.mT @ err_q, group)
+    d_value = _summed(err.mT @ d_top + plain.mT @ err_d_top, group)
+    d_state = _summed(err_begun.mT @ d_top + (q * before).mT @ err_d_top, group)
+    d_normalizer = _summed((err_begun * d_bottom + q * before * err_d_bottom).sum(2), group)
+    err_k = k * unit_k * left + k * loose_left
+    for given, begins in ((grad_state, value.abs()), (grad_normalizer, None)):
+        if given is None:
+            continue
+        told = begins @ given.abs().mT if begins is not None else given.abs()[..., None, :].expand_as(k)
+        d_k, err_d_k = d_k + told * left, err_d_k + told * loose_left
     if grad_state is not None:
-        d_state = d_state + grad_state.abs() * kept[..., None, None]
-        d_k, d_value = d_k + value.abs() @ grad_state.abs().mT * left[..., None], d_value + twice_k @ grad_state.abs()
+        d_state, d_value = d_state + grad_state.abs() * kept[..., None, None], d_value + err_k @ grad_state.abs()
     if grad_normalizer is not None:
         d_normalizer = d_normalizer + grad_normalizer.abs() * kept[..., None]
-        d_k = d_k + grad_normalizer.abs()[..., None, :] * left[..., None]
     root = math.sqrt(scale)
-    d_key = root * (d_k * k * (1 + unit_k)) @ projection.abs() + scale * key.abs() * (d_k * k * (1 + unit_k)).sum(-1, keepdim=True)
+    slopes_q, slopes_k = q * (err_d_q + d_q * (1 + unit_q)), k * (err_d_k + d_k * (1 + unit_k))
+    d_key = root * slopes_k @ projection.abs() + scale * key.abs() * slopes_k.sum(-1, keepdim=True)
     if key_padding_mask is not None:
         d_key, d_value = (_visible(x, key_padding_mask) for x in (d_key, d_value))
     return {
         "out": err_out,
-        "state": twice_k.mT @ value.abs() + begun * kept[..., None, None],
-        "normalizer": twice_k.sum(2) + begun_sum * kept[..., None],
+        "state": err_k.mT @ value.abs() + begun * kept[..., None, None],
+        "normalizer": err_k.sum(2) + begun_sum * kept[..., None],
         "level": last_off + safe(last).abs(),
-        "query": root * (d_q * q * (1 + unit_q)) @ projection.abs(),
+        "query": root * slopes_q @ projection.abs(),
         "key": d_key,
         "value": d_value,
         "initial_state": d_state,

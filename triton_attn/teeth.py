@@ -190,6 +190,9 @@ def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, 
     if "normalizer" in row.outputs:  # operands of products are narrow in bfloat16 alone
         for case in (bare, next(case for case in cases if case.options.get("causal") and case.options.get("normalize", True))):
             yield _sized(row, case, **ONE), torch.bfloat16, 1.0
+    if "kernel_epsilon" in row.options:  # levels of long vectors leave one key for each query, and float16 is judged mildly
+        for case in cases:
+            yield _sized(row, case, **ONE), torch.float32, 1.0
     if "delta_softplus" in row.options:
         yield _sized(row, bare, l=150), torch.float32, 1.0
         yield _with(bare, delta_softplus=True, delta_bias="normal"), torch.float32, 8.0

@@ -219,13 +219,13 @@ ROW = Mechanism(
     cases=(
         _case("whole", 20, 2, 2, 2, 20, 33, 16, 16),
         _case("cross", 16, 1, 4, 2, 17, 40, 12, 16, scale=0.5),
-        _case("three features", 3, 1, 2, 1, 20, 20, 16, 16, causal=True),
-        _case("causal", 20, 1, 2, 2, 40, 40, 16, 24, causal=True),
+        _case("three features", 3, 1, 2, 1, 20, 20, 16, 16, causal=True, kernel_epsilon=0.25),
+        _case("causal", 33, 1, 2, 2, 40, 40, 16, 24, causal=True),
         _case("causal, several spans", 16, 1, 2, 1, 130, 130, 16, 16, causal=True, kernel_epsilon=0.01),
         _case("padded keys", 20, 2, 2, 2, 20, 33, 16, 16, key_padding_mask="random"),
         _case("padded keys, causal", 20, 2, 2, 1, 33, 33, 16, 16, key_padding_mask="prefix", causal=True),
         _case("resumed", 20, 1, 2, 1, 20, 33, 16, 16, **_BEGUN),
-        _case("resumed, causal, two spans", 20, 1, 2, 1, 75, 75, 16, 16, causal=True, **_BEGUN),
+        _case("resumed, causal, two spans", 20, 1, 2, 2, 75, 75, 16, 16, causal=True, **_BEGUN),
     ),
     probes=_probes,
     workloads={
