@@ -231,8 +231,8 @@ ROW = Mechanism(
     work=_work,
     cases=(
         _case("whole", 2, 3, 2, 20, 33, 16, 24),
-        _case("causal", 1, 2, 2, 40, 40, 16, 24, causal=True, feature_map="elu"),
-        _case("causal, several spans", 1, 3, 2, 85, 85, 8, 16, causal=True, scale=0.5, feature_map="elu"),
+        _case("causal", 2, 2, 2, 40, 40, 16, 24, causal=True, feature_map="elu"),
+        _case("causal, several spans", 2, 2, 1, 85, 85, 8, 16, causal=True, scale=0.5, feature_map="elu"),
         _case("padded keys", 2, 2, 2, 20, 33, 12, 16, key_padding_mask="random"),
         _case("padded keys, causal", 2, 2, 1, 33, 33, 16, 16, key_padding_mask="random", causal=True),
     ),

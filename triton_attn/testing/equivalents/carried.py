@@ -13,6 +13,8 @@ PADDING = "tl.load(padding_ptr + batch * strides[0] + lines * strides[1], mask=i
 
 CELLS, SPOT = "tl.load(cells, mask=inside, other=", "tl.load(spot, mask=inside, other="
 
+HYDRA = ("hydra_attention",)
+
 CARRIED = (
     Argument(
         "y and z of every walk and of every sum have as many heads as each other",
@@ -29,6 +31,26 @@ CARRIED = (
             *(f"{kernel}_kernel: at_span.to(tl.int64) -> at_span" for kernel in ("walk", "sum")),
             "prefix_kernel: (tl.num_programs(0) // blocks).to(tl.int64) -> tl.num_programs(0) // blocks",
         ),
+    ),
+    Argument(
+        "only a state of more than 2^31 numbers shows it",
+        (
+            "state_places: (columns // PADDED * WIDTH + places).to(tl.int64) -> columns // PADDED * WIDTH + places",
+            "walk_kernel: (head // head_groups[3]).to(tl.int64) -> head // head_groups[3]",
+        ),
+    ),
+    Argument(
+        "branches are members of a key head: a head of the queries is as many of the call as one of the keys",
+        ("walk_kernel: head_groups[0] -> head_groups[1]", "walk_kernel: head_groups[1] -> head_groups[0]"),
+        HYDRA,
+    ),
+    Argument("there is no initial state to begin with", ("walk_kernel: begins = lead > 0 -> nothing",), HYDRA),
+    Argument("every branch carries the same state to the end, bit by bit", ("walk_kernel: if leads -> if not leads",), HYDRA),
+    Argument("sums are allocated by the launch: their columns have step 1", ("walk_kernel: rows * side_strides[3] -> rows",), HYDRA),
+    Argument(
+        "a half of two signs writes where it is positive; linear attention's cases have one sign alone",
+        ("relu_slope: tl.where(x > 0.0, 1.0, 0.0) -> 1.0",),
+        HYDRA,
     ),
     Argument("one head in so many leads, and that is one or more", ("walk_kernel: lead > 0 -> lead >= 0",)),
     Argument(
