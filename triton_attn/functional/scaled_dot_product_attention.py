@@ -60,9 +60,7 @@ def scaled_dot_product_attention(
         plain = _plain(query, key, value)
         if plain and (attn_mask is None or (not is_causal and _plain_mask(attn_mask, query, key))):
             # what most calls are: all that `attention` checks, in a third of the time
-            mask = attn_mask
-            if mask is not None and mask.ndim < 4:
-                mask = mask.expand((1,) * (4 - mask.ndim) + mask.shape)  # a microsecond less than an index of None
+            mask = attn_mask if attn_mask is None or attn_mask.ndim == 4 else attn_mask[(None,) * (4 - attn_mask.ndim)]
             tensors = {"query": query, "key": key, "value": value, "mask": mask, "key_padding_mask": None, "seed": None}
             options = {
                 "causal": "top_left" if is_causal else "",
