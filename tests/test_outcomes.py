@@ -54,8 +54,8 @@ class Run:
         self.module, self.path = loaded(folder, text), folder / "new" / "ends.jsonl"
         self.met: list[str] = []
 
-    def ends(self, *names: str, **options: Any) -> Iterator[tuple[str, str]]:
-        self.book = Outcomes(self.path, about="kernel", calls=names, **options)
+    def ends(self, *names: str, about: str = "kernel", **options: Any) -> Iterator[tuple[str, str]]:
+        self.book = Outcomes(self.path, about=about, calls=names, **options)
         for bitten in bite([self.check(name) for name in names], outcomes=self.book):
             yield bitten.fault.key, bitten.caught.partition(":")[0]
 
@@ -143,6 +143,23 @@ def test_a_new_call_meets_what_others_let_pass_and_nothing_else(run: Run) -> Non
     # a call that is gone takes its catches with it
     assert dict(run.ends("small")) == weak
     assert len(run.met) > 1
+
+
+def test_what_another_kernels_calls_caught_is_not_planted_again(run: Run, tmp_path: Path) -> None:
+    strong = dict(run.ends("both"))
+    run.met.clear()
+    others = {"kernel": ("both",)}
+    shared = dict(run.ends("small", about="other", others=others))
+    caught = {fault for fault, ending in strong.items() if ending}
+    assert {fault for fault, ending in shared.items() if ending == "kernel"} == caught
+    # right as it is, then what they let pass, then what would not compile
+    assert len(strong) - len(caught) < len(run.met) < len(strong)
+    run.met.clear()
+    # neither without that kernel's calls, nor of other sources
+    alone = dict(run.ends("small", about="third", others={"kernel": ("none",)}))
+    assert "kernel" not in alone.values()
+    changed = Run(tmp_path, SOURCE.replace("2.0", "(1.0 + 1.0)"))
+    assert "kernel" not in dict(changed.ends("both", about="other", others=others)).values()
 
 
 def test_time_that_is_over_leaves_the_rest_and_says_how_many(run: Run) -> None:

@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,11 +60,11 @@ def teeth(
 ) -> Iterator[Tooth]:
     """Every fault, or `some` picked by `seed`, in what each kernel of each row runs.
 
-    `evidence` keeps each as soon as its end is known, and those in it are not planted again, unless `anew`. After `budget` seconds none is
-    begun; `left` then gets, by kernel, what is.
+    `evidence` keeps each as soon as its end is known, and those in it are not planted again, unless `anew`; nor those that another row's
+    calls have caught in a function that both run. After `budget` seconds none is begun; `left` then gets, by kernel, what is.
     """
     until = time.perf_counter() + budget
-    for row, kernel in [(one, kernel) for one in rows for kernel in one.kernels]:
+    for row, kernel in _kernels(rows):
         name = f"{row.name}/{kernel.name}"
         if time.perf_counter() > until:
             if left is not None:
@@ -75,13 +75,18 @@ def teeth(
             tick(f"{shown} {done}/{total} {fault.kind} in {fault.function.rpartition('.')[2]}")
 
         tick(f"{name.replace('/', ' ')} as it is")
-        book = Outcomes(evidence, about=_about(row, kernel), calls=_names(row, kernel), until=until, anew=anew)
+        others = {} if evidence is None else {_about(*one): _names(*one) for one in _kernels(CATALOG.values()) if one != (row, kernel)}
+        book = Outcomes(evidence, about=_about(row, kernel), calls=_names(row, kernel), others=others, until=until, anew=anew)
         for bite in seeded.bite(checks(row, kernel), equivalent=equivalent(row.name), some=some, seed=seed, tick=say, outcomes=book):
             fault = bite.fault
             change = f"{fault.before} -> {fault.after}"
             yield Tooth(row.name, kernel.name, fault.function, fault.line, fault.kind, change, bite.caught, bite.equivalent, bite.seconds)
         if book.left and left is not None:
             left[name] = f"{book.left} faults are left"
+
+
+def _kernels(rows: Iterable[Mechanism]) -> list[tuple[Mechanism, Kernel]]:
+    return [(row, kernel) for row in rows for kernel in row.kernels]
 
 
 def _about(row: Mechanism, kernel: Kernel) -> str:

@@ -196,7 +196,7 @@ def bite(
             if some is not None and planted_so_far + book.left == total:
                 return
             continue
-        if outcome.caught:
+        if outcome.caught and outcome.calls[0] in book.calls:
             last[fault.line] = book.calls.index(outcome.calls[0])
         if not outcome.unmade:
             planted_so_far += 1
