@@ -180,11 +180,11 @@ def sums(call: Call, y: Operand, z: Operand, initial: State) -> tuple[State, Sta
             **call.constants(y, z),
         )
         for part, whole, first in ((state, total, initial.state), (beside[..., None], beside_total[..., None], _column(initial.side))):
-            _prefix(part, whole, first, initial.lead)
+            prefix(part, whole, first, initial.lead)
     return State(state, beside), State(total, beside_total)
 
 
-def _prefix(part: Tensor, total: Tensor, initial: Tensor | None, lead: int) -> None:
+def prefix(part: Tensor, total: Tensor, initial: Tensor | None, lead: int) -> None:
     spans, batch, heads, rows, columns = part.shape
     count, block = rows * columns, 512
     blocks = triton.cdiv(count, block)

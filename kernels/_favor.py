@@ -5,7 +5,7 @@ import triton.language as tl
 
 from triton_attn.kernels._carried import head_place, narrowed
 
-VARYING = ["heads", "groups", "blocks", "spans", "span", "len_x", "len_y", "features", "count", "columns"]
+VARYING = ["heads", "group", "groups", "blocks", "spans", "span", "len_x", "len_y", "features", "count", "columns"]
 NEGATIVE = tl.constexpr(-float("inf"))
 
 
@@ -71,7 +71,7 @@ def level_kernel(
     LIKE: tl.constexpr,
     EXPONENT: tl.constexpr,
 ):
-    """The largest exponent of each line, and its level: -inf for lines that are hidden."""
+    """The largest exponent of each line; and with `level_ptr` its level, -inf for lines that are hidden."""
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     batch, head = (pair // heads).to(tl.int64), pair % heads
     lines = block * BLOCK + tl.arange(0, BLOCK)
@@ -110,7 +110,7 @@ def sum_kernel(
     z_strides,
     w_strides,
     heads,
-    groups,
+    group,
     blocks,
     spans,
     span,
@@ -133,12 +133,12 @@ def sum_kernel(
     program = tl.program_id(0)
     at_span, block, pair = program % spans, program // spans % blocks, program // spans // blocks
     batch, head = (pair // heads).to(tl.int64), pair % heads
-    y_base = y_ptr + head_place(batch, head, groups[0], y_strides)
-    z_base = z_ptr + head_place(batch, head, groups[1], z_strides)
+    y_base = y_ptr + head_place(batch, head, 1, y_strides)
+    z_base = z_ptr + head_place(batch, head, 1, z_strides)
     row = pair.to(tl.int64) * len_y
-    shared = pair // groups[2]
+    shared = pair // group
     pairs = tl.num_programs(0) // spans // blocks
-    end = safe(tl.load(end_ptr + at_span * (pairs // groups[2]) + shared))
+    end = safe(tl.load(end_ptr + at_span * (pairs // group) + shared))
     rows = (block * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     there = rows < features
     w = load_projection(w_ptr, rows, there, w_strides, WIDTH, PADDED, LIKE)

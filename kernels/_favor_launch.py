@@ -130,16 +130,22 @@ def safe(level: Tensor) -> Tensor:
 
 def levels(call: Call, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(the largest exponent of each line, its level)."""
+    level = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
+    return largest(call, x, padding, level), level
+
+
+def largest(call: Call, x: Tensor, padding: Tensor | None = None, level: Tensor | None = None) -> Tensor:
+    """The largest exponent of each line; `level` is filled too."""
     b, h, n, d = x.shape
-    largest, level = (torch.empty((b, h, n), dtype=torch.float32, device=x.device) for _ in range(2))
+    found = torch.empty((b, h, n), dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(n, call.tile.block_m)
-    if largest.numel():
+    if found.numel():
         with device.guard(x):
             _favor.level_kernel[grid(b * h * blocks)](
                 x,
                 call.phi.projection,
                 padding,
-                largest,
+                found,
                 level,
                 strides(x),
                 call.phi.projection.stride(),
@@ -151,7 +157,7 @@ def levels(call: Call, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor
                 call.phi.root,
                 **call.constants(d),
             )
-    return largest, level
+    return found
 
 
 def chain(call: Call, level: Tensor, initial: Tensor | None) -> Chain:
@@ -197,7 +203,7 @@ def sums(call: Call, y: Lines, z: Lines, level: Tensor, along: Chain, initial: S
                 strides(z.tensor),
                 call.phi.projection.stride(),
                 heads,
-                (1, heads // z.tensor.shape[1], group),
+                group,
                 blocks,
                 spans,
                 call.span,
@@ -232,13 +238,13 @@ class Levels:
     before: Tensor
 
 
-def outputs(call: Call, x: Lines, y: Lines, z: Lines, at: Levels, start: State, out: Tensor, *, eps: float | None = None) -> None:
-    """Fill `out`; with `eps` divided by the denominators."""
+def outputs(call: Call, x: Lines, y: Lines, z: Lines, at: Levels, start: State, out: Tensor, *, eps: float | None = None) -> Tensor | None:
+    """Fill `out`; with `eps` divided by the denominators, which are returned without it."""
     b, h, m, e = out.shape
-    if out.numel() == 0:
-        return
     like: dict[str, Any] = {"dtype": torch.float32, "device": out.device}
     bottom = None if eps is None else torch.empty((b, h, m), **like)
+    if out.numel() == 0:
+        return bottom
     partial = out if out.dtype == torch.float32 or call.phi.count <= call.block else torch.empty(out.shape, **like)
     spans, start = call.spans(m), _spanned(start, call.spans(m))
     assert start.state is not None
@@ -277,6 +283,7 @@ def outputs(call: Call, x: Lines, y: Lines, z: Lines, at: Levels, start: State, 
             eps or 0.0,
             **call.walked(x.width, e),
         )
+    return bottom
 
 
 def gradients(call: Call, x: Lines, y: Lines, z: Lines, own: Lines, at: Levels, start: State, out: Tensor, *, norm: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triton_attn.kernels import _favor_tiles
 from triton_attn.kernels._carried_launch import BACKWARD_KEY, BACKWARD_QUERY, FORWARD, State, key_of, padded
-from triton_attn.kernels._favor_launch import Call, Chain, Levels, Lines, Phi, chain, gradients, levels, outputs, safe, sums
+from triton_attn.kernels._favor_launch import Call, Chain, Levels, Lines, Phi, chain, gradients, largest, levels, outputs, safe, sums
 from triton_attn.tiles import Key, Tiles, chosen_tile
 
 POINTERS = "performer_attention/pointers"
@@ -48,9 +48,8 @@ def _see(
     call = Call(query.shape[1], key.shape[1], phi, chosen, query.dtype, causal, width)
     if known is None:
         padding = None if padding is None or padding.numel() == 0 else padding.view(torch.uint8)
-        largest_q, _ = levels(call, query)
         largest_k, level = levels(call, key, padding)
-        q, k = Lines(query, largest_q), Lines(key, largest_k)
+        q, k = Lines(query, largest(call, query)), Lines(key, largest_k)
     else:
         q, k, level = known.query, known.key, known.level
     along = chain(call, level, initial)
@@ -131,11 +130,12 @@ def performer_attention_backward(
         initial = State(initial_state, initial_normalizer)
         before, _ = sums(replace(call, heads=call.key_heads), k, v, seen.level, seen.along, initial)
     # D again, which costs less to compute than to keep
-    bottom = torch.empty((b, h, m, 1), dtype=torch.float32, device=query.device)
     assert before.side is not None
     ones = Lines(torch.ones((), device=value.device).expand(*value.shape[:3], 1))
-    outputs(call, q, k, ones, seen.at, State(before.side[..., None]), bottom)
-    denominator = bottom[..., 0] + eps * phi.count
+    quotient = torch.empty((b, h, m, 1), dtype=torch.float32, device=query.device)
+    bottom = outputs(call, q, k, ones, seen.at, replace(before, state=before.side[..., None]), quotient, eps=eps * phi.count)
+    assert bottom is not None
+    denominator = bottom + eps * phi.count
     inverse = denominator.masked_fill_(denominator == 0.0, 1.0).reciprocal_()
     weight = -(grad_out.float() * out.float()).sum(-1) * inverse
     dn = Lines(grad_out, None, inverse, weight)
