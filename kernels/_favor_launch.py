@@ -142,21 +142,9 @@ def largest(call: Call, x: Tensor, padding: Tensor | None = None, level: Tensor 
     if found.numel():
         with device.guard(x):
             _favor.level_kernel[grid(b * h * blocks)](
-                x,
-                call.phi.projection,
-                padding,
-                found,
-                level,
-                strides(x),
-                call.phi.projection.stride(),
-                (0, 0) if padding is None else padding.stride(),
-                h,
-                blocks,
-                n,
-                call.phi.count,
-                call.phi.root,
-                **call.constants(d),
-            )
+                x, call.phi.projection, padding, found, level, strides(x), call.phi.projection.stride(),
+                (0, 0) if padding is None else padding.stride(), h, blocks, n, call.phi.count, call.phi.root, **call.constants(d),
+            )  # fmt: skip
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from triton_attn import CATALOG, ArgumentError, hydra_attention, linear_attention, use_backend
+from triton_attn import CATALOG, hydra_attention, linear_attention, use_backend
 from triton_attn.mechanism import Case
 from triton_attn.testing import inputs
 
@@ -40,9 +40,3 @@ def test_each_branch_has_the_bits_of_a_linear_attention_of_its_own(causal: bool)
             expected, last = linear_attention(branch, key, value, **options)  # type: ignore[arg-type]
             assert torch.equal(alone, expected)
             assert all(map(torch.equal, state, last))
-
-
-def test_a_state_is_asked_of_branches_only() -> None:
-    tensors, _ = inputs.draw(ROW, SMALL)
-    with pytest.raises(ArgumentError, match=r"^hydra_attention: return_state is True; allowed with variant='meta': False"):
-        hydra_attention(**tensors, variant="meta", return_state=True)  # type: ignore[arg-type]

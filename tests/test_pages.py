@@ -61,6 +61,7 @@ mamba_ssm_state = triton_attn.nn.MambaLayer(dim=768).state_dict()
 x, mask = torch.randn(2, 6, 768), torch.arange(6) >= torch.tensor([[6], [4]])
 batch_size, prompt, token = 2, torch.randn(2, 5, 768), torch.randn(2, 1, 768)
 """,
+    "meta_hydra_attention": f"{HEADS}; query_branches = torch.stack((query, query), 1)",
     "norm_matched_add": "x, branch = torch.randn(2, 3, 10, 16).unbind(); weight = torch.full((1,), 0.1)",
     "performer_attention": HEADS,
     "pool_tokens": "x, mask = torch.randn(2, 3, 196, 16), torch.rand(2, 196) > 0.8",

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
     "kernels.*": ("kernels._* tiles device reference._dropout", "torch triton"),
     "functional.__init__": ("functional.*", ""),
     "functional.scaled_dot_product_attention": (f"{BELOW} functional.attention", "torch"),
-    "functional.hydra_*": (f"{BELOW} functional._* functional.linear_attention reference.* portable.* kernels.*", "torch"),
+    "functional.hydra_*": (f"{BELOW} functional._* functional.*_attention reference.* portable.* kernels.*", "torch"),
     "functional.performer_*": (f"{BELOW} functional._* functional.linear_attention reference.* portable.* kernels.*", "torch"),
     "functional.ripple_*": (f"{BELOW} functional._* functional.linear_attention functional.pool_tokens", "torch"),
     "functional.sparse_attention": (f"{BELOW} functional._* functional.*_attention functional.attention", "torch"),

@@ -14,6 +14,7 @@ from triton_attn.functional.dilated_attention import dilated_attention
 from triton_attn.functional.hydra_attention import hydra_attention
 from triton_attn.functional.linear_attention import linear_attention, linear_attention_step
 from triton_attn.functional.local_global_attention import local_global_attention
+from triton_attn.functional.meta_hydra_attention import meta_hydra_attention
 from triton_attn.functional.norm_matched_add import norm_matched_add
 from triton_attn.functional.orthogonal_projection import orthogonal_projection
 from triton_attn.functional.performer_attention import performer_attention
@@ -59,6 +60,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "local_global_attention",
+    "meta_hydra_attention",
     "norm_matched_add",
     "orthogonal_projection",
     "patch",

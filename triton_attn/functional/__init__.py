@@ -8,6 +8,7 @@ from triton_attn.functional.dilated_attention import ROW as dilated_attention
 from triton_attn.functional.hydra_attention import ROW as hydra_attention
 from triton_attn.functional.linear_attention import ROW as linear_attention
 from triton_attn.functional.local_global_attention import ROW as local_global_attention
+from triton_attn.functional.meta_hydra_attention import ROW as meta_hydra_attention
 from triton_attn.functional.norm_matched_add import ROW as norm_matched_add
 from triton_attn.functional.performer_attention import ROW as performer_attention
 from triton_attn.functional.pool_tokens import ROW as pool_tokens
@@ -25,6 +26,7 @@ ROWS = (
     linear_attention,
     performer_attention,
     hydra_attention,
+    meta_hydra_attention,
     pool_tokens,
     selective_scan,
     causal_conv1d,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn import arguments, operators
@@ -14,6 +13,7 @@ from triton_attn.arguments import ArgumentError, ArgumentTypeError
 from triton_attn.functional._softmax import WIDEST
 from triton_attn.functional.linear_attention import FEATURE_MAPS
 from triton_attn.functional.linear_attention import ROW as LINEAR
+from triton_attn.functional.meta_hydra_attention import meta_hydra_attention
 from triton_attn.mechanism import Case, Code, Input, Kernel, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
 from triton_attn.portable.hydra_attention import hydra_attention as portable
 from triton_attn.reference._features import count
@@ -50,16 +50,17 @@ def hydra_attention(
         scale: multiplies the scores of "branches", which only weighs them against eps; 1 if None.
         eps: added to the sum of the scores of "branches".
         key_padding_mask: (B, M) boolean, True = ignore.
-        return_state: also return (S, z) of "branches" after the last key, which `triton_attn.linear_attention` could go on from.
+        return_state: also return (S, z) of "branches" after the last key, which `triton_attn.linear_attention` could go on from; the sum
+            of "meta".
         variant: "branches" or "meta".
 
     Returns:
-        (B, R, H, N, E) in the inputs' dtype, contiguous for "branches"; with return_state also (S, z): (B, H, F, E) and (B, H, F),
-        float32 (float64 for float64).
+        (B, R, H, N, E) in the inputs' dtype, contiguous; with return_state also (S, z): (B, H, F, E) and (B, H, F),
+        float32 (float64 for float64). "meta" as `triton_attn.meta_hydra_attention` has it.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
-        Unsupported: use_backend("triton") was asked for and no kernel can serve the call; "meta" has none.
+        Unsupported: use_backend("triton") was asked for and no kernel can serve the call.
 
     Source: HydraAttention of Linear-ViT, with one state in place of one for each branch; "meta" is Bolya et al., "Hydra Attention:
     Efficient Attention with Many Heads", 2022.
@@ -75,9 +76,7 @@ def hydra_attention(
         raise ArgumentError(ROW.name, "key", f"has shape {found}; allowed: 'b h m d' with h = {query_branches.shape[2]}")
     arguments.flag(ROW, "return_state", return_state)
     if variant == "meta":
-        if return_state:
-            raise ArgumentError(ROW.name, "return_state", "is True; allowed with variant='meta': False")
-        return _meta(query_branches, key, value, causal, key_padding_mask)
+        return meta_hydra_attention(query_branches, key, value, causal=causal, key_padding_mask=key_padding_mask, return_state=return_state)
     tensors: dict[str, Tensor | None] = {
         "query_branches": query_branches,
         "key": key,
@@ -103,25 +102,6 @@ def hydra_attention(
 def _fit(row: Mechanism, sizes: Sizes) -> None:
     arguments.at_least(row, "query_branches", "width", sizes["d"], 1)
     arguments.at_least(row, "value", "width", sizes["e"], 1)
-
-
-def _meta(query: Tensor, key: Tensor, value: Tensor, causal: bool, key_padding_mask: Tensor | None) -> Tensor:
-    """Products feature by feature, in float32 at the least. A vector of zeros stays one."""
-    if value.shape != key.shape:
-        raise ArgumentError(ROW.name, "value", f"has shape {tuple(value.shape)}; allowed with variant='meta': key's, {tuple(key.shape)}")
-    if query.shape[0] != key.shape[0] or query.shape[4] != key.shape[3]:
-        allowed = f"{(query.shape[0], key.shape[1], 'M', query.shape[4])}"
-        raise ArgumentError(ROW.name, "key", f"has shape {tuple(key.shape)}; allowed: {allowed}")
-    if arguments.flag(ROW, "causal", causal) and query.shape[3] != key.shape[2]:
-        complaint = f"is True with {query.shape[3]} queries and {key.shape[2]} keys; allowed: as many of each"
-        raise ArgumentError(ROW.name, "causal", complaint)
-    if key_padding_mask is not None:
-        hidden = key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    products = F.normalize(key.to(wide), dim=-1) * value.to(wide)
-    state = products.cumsum(2) if causal else products.sum(2, keepdim=True)
-    return (F.normalize(query.to(wide), dim=-1) * state[:, None]).to(query.dtype)
 
 
 def _pointers() -> Code:

@@ -8,7 +8,6 @@ several kernels run is one function: what one kernel's calls caught in it need n
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import sys
@@ -107,8 +106,10 @@ class Outcomes:
         return time.perf_counter() > self._until
 
 
-def _hash(module: str) -> str:
-    return tiles.source_hash([sys.modules.get(module) or importlib.import_module(module)])
+def _hash(name: str) -> str:
+    """Of a module that is there; none stands for one that nobody has imported."""
+    module = sys.modules.get(name)
+    return "" if module is None else tiles.source_hash([module])
 
 
 def _outcome(record: Mapping[str, Any]) -> Outcome:

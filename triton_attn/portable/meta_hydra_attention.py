@@ -1,0 +1,34 @@
+"""Hydra attention with a head for each feature, in stock operators: O(N D), differentiable, one sum for all branches of a head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def meta_hydra_attention(
+    query_branches: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """u(q) times the running or the whole sum of u(k) * v, in float32 at least."""
+    wide = torch.promote_types(query_branches.dtype, torch.float32)
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    products = _unit(key.to(wide)) * value.to(wide)
+    state = products.sum(2)
+    seen = products.cumsum(2) if causal else state[:, :, None]
+    out = (_unit(query_branches.to(wide)) * seen[:, None]).to(query_branches.dtype).contiguous()
+    return (out, state) if return_state else out
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|; zeros stay zeros, and get no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse: Tensor = norm.masked_fill(norm == 0, torch.inf).reciprocal()
+    return x * inverse
