@@ -13,6 +13,12 @@ PARTS = "tl.load(parts_ptr + at[:, None] * E + columns[None, :], mask=inside[:, 
 LAST_VISIT = "tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)"
 ROUNDED = "tl.minimum(anyone + tl.cdiv(everyone - anyone, BLOCK) * BLOCK, len_m)"
 
+RUN = "tl.minimum({} + numbers[0] + 1, end) - low"
+QUERIES, BEFORE = "tl.minimum(segment + length, len_m) - segment - phase", "(first - numbers[0] - segment - phase) // rate"
+SEEN_BY_ALL = "last - numbers[0] - segment - phase"
+ALL = f"tl.cdiv(tl.maximum({SEEN_BY_ALL} - before * rate, 0), rate)"
+DIAGONAL = f"tl.minimum({ALL}, total - before)"
+
 SOFTMAX = (
     Argument(
         "visits padded keys after the last visible one, which their padding hides again",
@@ -48,7 +54,40 @@ SOFTMAX = (
             *(f"{kernel}: {LAST_M}{change}" for kernel in BY_QUERY for change in (f" - 1 -> {LAST_M} + 1", " -> count", " -> BLOCK_M")),
             *(f"backward_key_kernel: {LAST_N}{change}" for change in (f" - 1 -> {LAST_N} + 1", " -> count", " -> BLOCK_N")),
         ),
-        ("attention",),
+        ("attention", "dilated_attention"),
+    ),
+    Argument(
+        "a phase of -1 is nobody's remainder; a row that selects the branch, or a key in it, is at or after the first of its phase, before"
+        " the end of its segment",
+        (
+            "runs: (offset >= 0) & ((first - segment) % rate == offset) -> (first - segment) % rate == offset",
+            *(f"runs: tl.maximum({RUN.format(row)}, 0) -> {RUN.format(row)}" for row in ("first", "last")),
+            f"visits: tl.maximum({QUERIES}, 0) -> {QUERIES}",
+            f"visits: tl.minimum({BEFORE}, total) -> {BEFORE}",
+        ),
+        ("dilated_attention",),
+    ),
+    Argument(
+        "fewer keys that every row sees, queries that see none visited too, more queries on the diagonal: the rule hides them",
+        (
+            "runs: first + numbers[0] + 1 -> first + numbers[0] - 1",
+            "runs: first + numbers[0] -> first - numbers[0]",
+            f"visits: tl.maximum(tl.minimum({BEFORE}, total), 0) -> 0",
+            f"visits: {BEFORE} -> {BEFORE.replace('//', '%')}",
+            f"visits: {DIAGONAL} -> total - before",
+            f"visits: {SEEN_BY_ALL} - before * rate -> {SEEN_BY_ALL} + before * rate",
+            f"visits: {SEEN_BY_ALL} -> last - numbers[0] - segment + phase",
+            "visits: last - numbers[0] - segment -> last - numbers[0] + segment",
+            "visits: before * rate -> before",  # in that line; elsewhere it is caught
+            "visits: diagonal = tl.minimum(tl.cdiv(diagonal, BLOCK) * BLOCK, total - before) -> nothing",
+            "visits: tl.minimum(tl.cdiv(diagonal, BLOCK) * BLOCK, total - before) -> total - before",
+        ),
+        ("dilated_attention",),
+    ),
+    Argument(
+        "the next line ends the diagonal at the last query, too",
+        (f"visits: {DIAGONAL} -> {ALL}", "visits: total - before -> total + before"),
+        ("dilated_attention",),
     ),
     Argument(
         "visits queries outside of the band, which the rule hides: a cost in time alone",
@@ -69,6 +108,11 @@ SOFTMAX = (
         ("attention", "strided_attention", "local_global_attention", "subset_attention"),
     ),
     Argument(
+        "a walk that asks which head it is has the keys to itself: the group is 1; and a number of a head fits into 32 bits, and into 64",
+        ("backward_key_kernel: shared % groups * group -> shared % groups", "backward_key_kernel: h.to(tl.int32) -> h"),
+        ("dilated_attention",),
+    ),
+    Argument(
         "the number of a head fits into 32 bits, and into 64",
         ("backward_key_kernel: (batch * heads + h).to(tl.int32) -> batch * heads + h",),
     ),
@@ -78,7 +122,7 @@ SOFTMAX = (
             "not_padded: padding_ptr + batch * padding_strides[0] + g * padding_strides[1]"
             " -> padding_ptr + batch * padding_strides[0] - g * padding_strides[1]",
         ),
-        ("attention",),
+        ("attention", "dilated_attention"),
     ),
     Argument(
         "said twice: an absent key is left out by `in_n`, and by what its masked load gives",
