@@ -10,7 +10,8 @@ def features(x: Tensor, feature_map: str) -> Tensor:
     """phi(x), on the last axis. "crelu" is [relu(x), relu(-x)], twice as wide."""
     if feature_map == "elu":
         # elu(x) + 1 without the cancellation
-        return x.clamp(max=0.0).exp() + x.relu()
+        found = x.clamp(max=0.0).exp_()
+        return found + x.relu() if found.requires_grad else found.add_(x.relu())
     if feature_map == "relu":
         return x.relu()
     if feature_map == "crelu":

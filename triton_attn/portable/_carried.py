@@ -1,4 +1,7 @@
-"""A carried state in stock operators: chunks for the causal form, one product for the other. Numerator and denominator are one product."""
+"""A carried state in stock operators: chunks for the causal form, one product for the other. Numerators and denominators apart.
+
+A column of ones beside the values would give both in one product, at up to twice the time: what is cut out of its result is copied.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,57 @@ from torch import Tensor
 
 CHUNK = 64
 CHUNKS = 32  # of which the prefix is one product with a triangle of ones, where `cumsum` would take six times as long
+State = tuple[Tensor, Tensor]  # S (B, G, F, E), z (B, G, F)
+Walked = tuple[Tensor, Tensor, State]  # numerators, denominators, the state after the last key
 
 
-def with_ones(value: Tensor) -> Tensor:
-    """A last column of ones, whose sums are the denominators."""
-    return F.pad(value, (0, 1), value=1.0)
-
-
-def everything(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(phi_q S, S) with S = state + phi_k^T value: (B, G, R, M, F), (B, G, N, F), (B, G, N, E), (B, G, F, E)."""
-    total = phi_k.mT @ value
+def everything(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None) -> Walked:
+    """(phi_q S, phi_q z, (S, z)) with S and z of all keys: (B, G, R, M, F), (B, G, N, F), (B, G, N, E)."""
+    top, bottom = phi_k.mT @ value, phi_k.sum(-2)
     if state is not None:
-        total = total + state
-    return phi_q @ total[:, :, None], total
+        top, bottom = top + state[0], bottom + state[1]
+    return phi_q @ top[:, :, None], phi_q @ bottom[:, :, None, :, None], (top, bottom)
 
 
-def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(row i of phi_q times S_i, the last S) with S_i = state + sum_{j <= i} phi_k_j^T value_j. Shapes as above, M = N."""
+def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None) -> Walked:
+    """The same of row i of phi_q with S and z of the keys up to i. M = N."""
     b, g, _, n, f = phi_q.shape
     if n == 0:
         return everything(phi_q, phi_k, value, state)
-    state = value.new_zeros(b, g, f, value.shape[-1]) if state is None else state
-    if torch.compiler.is_compiling():
-        # a loop over spans would fix the length in the graph
+    state = (value.new_zeros(b, g, f, value.shape[-1]), value.new_zeros(b, g, f)) if state is None else state
+    if torch.compiler.is_compiling() or n <= CHUNK * CHUNKS:
+        # compiled, a loop over spans would fix the length in the graph
         return _span(phi_q, phi_k, value, state)
-    parts = []
+    tops, bottoms = [], []
     for q, k, v in zip(*(torch.split(x, CHUNK * CHUNKS, -2) for x in (phi_q, phi_k, value)), strict=True):
-        part, state = _span(q, k, v, state)
-        parts.append(part)
-    return torch.cat(parts, 3), state
+        top, bottom, state = _span(q, k, v, state)
+        tops.append(top)
+        bottoms.append(bottom)
+    return torch.cat(tops, 3), torch.cat(bottoms, 3), state
 
 
-def _span(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _span(q: Tensor, k: Tensor, v: Tensor, state: State) -> Walked:
     b, g, group, n, f = q.shape
     e, chunks = v.shape[-1], (n + CHUNK - 1) // CHUNK
     if torch.compiler.is_compiling() or chunks * CHUNK != n:  # torch copies for padding of 0, too
         q, k, v = (F.pad(x, (0, 0, 0, chunks * CHUNK - n)) for x in (q, k, v))
-    q = q.view(b, g, group, chunks, CHUNK, f).transpose(2, 3).reshape(b, g, chunks, group * CHUNK, f)
-    k, v = k.view(b, g, chunks, CHUNK, f), v.view(b, g, chunks, CHUNK, e)
-    scores = (q @ k.mT).view(b, g, chunks, group, CHUNK, CHUNK).tril().view(b, g, chunks, group * CHUNK, CHUNK)
-    sums = torch.cat((state[:, :, None], k.mT @ v), 2)
+    q = q.view(b, g, group, chunks, CHUNK, f).transpose(2, 3).reshape(b * g * chunks, group * CHUNK, f)
+    k, v = k.reshape(b * g * chunks, CHUNK, f), v.reshape(b * g * chunks, CHUNK, e)
+    scores = (q @ k.mT).view(-1, group, CHUNK, CHUNK).tril_().view(-1, group * CHUNK, CHUNK)
+    tops, top = _before(state[0].flatten(2), (k.mT @ v).view(b, g, chunks, f * e))
+    bottoms, bottom = _before(state[1], k.sum(1).view(b, g, chunks, f))
+    numerators = torch.baddbmm(q @ tops.reshape(-1, f, e), scores, v)
+    denominators = torch.baddbmm(scores.sum(-1, keepdim=True), q, bottoms.reshape(-1, f, 1))
+    found = (x.view(b, g, chunks, group, CHUNK, -1).transpose(2, 3).flatten(3, 4)[..., :n, :] for x in (numerators, denominators))
+    return *found, (top.view(b, g, f, e), bottom)  # type: ignore[return-value]
+
+
+def _before(state: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(what lies before each chunk, what lies before the end), of sums over chunks (B, G, chunks, numbers)."""
     if torch.compiler.is_compiling():
-        before = sums.cumsum(2)
-    else:
-        ones = torch.ones(chunks + 1, chunks + 1, dtype=sums.dtype, device=sums.device).tril()
-        before = (ones @ sums.flatten(3)).view(b, g, chunks + 1, f, e)
-    out = q @ before[:, :, :-1] + scores @ v
-    return out.view(b, g, chunks, group, CHUNK, e).transpose(2, 3).reshape(b, g, group, chunks * CHUNK, e)[..., :n, :], before[:, :, -1]
+        running = torch.cat((state[:, :, None], sums), 2).cumsum(2)
+        return running[:, :, :-1], running[:, :, -1]
+    earlier = torch.ones(sums.shape[2], sums.shape[2], dtype=sums.dtype, device=sums.device).tril(-1)
+    before = torch.baddbmm(state.flatten(0, 1)[:, None], earlier.expand(sums.shape[0] * sums.shape[1], -1, -1), sums.flatten(0, 1))
+    before = before.view(sums.shape)
+    return before, before[:, :, -1] + sums[:, :, -1]

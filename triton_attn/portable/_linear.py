@@ -39,16 +39,15 @@ def linear_attention(
         shape = (b, g, phi_k.shape[-1])
         top = value.new_zeros(*shape, value.shape[-1], dtype=wide) if initial_state is None else initial_state
         bottom = value.new_zeros(shape, dtype=wide) if initial_normalizer is None else initial_normalizer
-        state = torch.cat((top, bottom[..., None]), -1)
+        state = top, bottom
     phi_q = phi_q.reshape(b, g, members, *phi_q.shape[-2:])
     walk = _carried.causal if causal else _carried.everything
-    both, last = walk(phi_q, phi_k, _carried.with_ones(value.to(wide)), state)
-    both = both if query.ndim == 5 else both.flatten(1, 2)
-    out, bottom = both[..., :-1], both[..., -1:]
+    out, bottom, last = walk(phi_q, phi_k, value.to(wide), state)
     scale = 1.0 if scale is None else scale
     if normalize:
-        out = out * (scale / (bottom * scale + eps))
+        factor = scale / (bottom * scale + eps)
+        out = out * factor if out.requires_grad else out.mul_(factor)
     elif scale != 1.0:
         out = out * scale
-    out = out.to(query.dtype).contiguous()
-    return (out, last[..., :-1].contiguous(), last[..., -1].contiguous()) if return_state else out
+    out = (out if query.ndim == 5 else out.flatten(1, 2)).to(query.dtype).contiguous()
+    return (out, *last) if return_state else out

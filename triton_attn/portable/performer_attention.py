@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn.portable._carried import CHUNK, with_ones
+from triton_attn.portable._carried import CHUNK
 
 MOST = 2 << 20  # features of queries and keys at a time, 8 MiB in float32
 Walked = tuple[Tensor, Tensor, Tensor]  # outputs, the state after the last key, its level
@@ -64,7 +64,7 @@ def _together(
     eps: float,
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numerator and denominator are one product, relative to e^M, M being the largest level that a query sees."""
+    """Numerator and denominator are one product, of a column of ones, relative to e^M, M being the largest level that a query sees."""
     (b, h), g = query.shape[:2], key.shape[1]
     initial_state, initial_normalizer, initial_level = begun
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -81,7 +81,7 @@ def _together(
     bottom = value.new_zeros(shape, dtype=wide) if initial_normalizer is None else initial_normalizer
     at = level.new_full((b, g), -math.inf) if initial_level is None else initial_level
     walk = _running if causal else _whole
-    both, state, at = walk(rows, columns, with_ones(value.to(wide)), level, torch.cat((top, bottom[..., None]), -1), at)
+    both, state, at = walk(rows, columns, F.pad(value.to(wide), (0, 1), value=1.0), level, torch.cat((top, bottom[..., None]), -1), at)
     both = both.flatten(1, 2)
     total = both[..., -1:] + eps * columns.shape[-1]
     out = (both[..., :-1] / total.masked_fill(total == 0, 1.0)).to(query.dtype).contiguous()
