@@ -15,29 +15,31 @@ State = tuple[Tensor, Tensor]  # S (B, G, F, E), z (B, G, F)
 Walked = tuple[Tensor, Tensor, State]  # numerators, denominators, the state after the last key
 
 
-def everything(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None) -> Walked:
-    """(phi_q S, phi_q z, (S, z)) with S and z of all keys: (B, G, R, M, F), (B, G, N, F), (B, G, N, E)."""
+def everything(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None, members: int = 2) -> Walked:
+    """(phi_q S, phi_q z, (S, z)), S and z of all keys: (B, G, R, M, F), or (B, R, G, M, F) with `members` 1; (B, G, N, F); (B, G, N, E)."""
     top, bottom = phi_k.mT @ value, phi_k.sum(-2)
     if state is not None:
         top, bottom = top + state[0], bottom + state[1]
-    return phi_q @ top[:, :, None], phi_q @ bottom[:, :, None, :, None], (top, bottom)
+    return phi_q @ top.unsqueeze(members), phi_q @ bottom[..., None].unsqueeze(members), (top, bottom)
 
 
-def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None) -> Walked:
+def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None, members: int = 2) -> Walked:
     """The same of row i of phi_q with S and z of the keys up to i. M = N."""
-    b, g, _, n, f = phi_q.shape
+    (b, g, n, f), phi_q = phi_k.shape, phi_q.movedim(members, 2)
     if n == 0:
         return everything(phi_q, phi_k, value, state)
     state = (value.new_zeros(b, g, f, value.shape[-1]), value.new_zeros(b, g, f)) if state is None else state
     if torch.compiler.is_compiling() or n <= CHUNK * CHUNKS:
         # compiled, a loop over spans would fix the length in the graph
-        return _span(phi_q, phi_k, value, state)
-    tops, bottoms = [], []
-    for q, k, v in zip(*(torch.split(x, CHUNK * CHUNKS, -2) for x in (phi_q, phi_k, value)), strict=True):
-        top, bottom, state = _span(q, k, v, state)
-        tops.append(top)
-        bottoms.append(bottom)
-    return torch.cat(tops, 3), torch.cat(bottoms, 3), state
+        top, bottom, state = _span(phi_q, phi_k, value, state)
+    else:
+        tops, bottoms = [], []
+        for q, k, v in zip(*(torch.split(x, CHUNK * CHUNKS, -2) for x in (phi_q, phi_k, value)), strict=True):
+            top, bottom, state = _span(q, k, v, state)
+            tops.append(top)
+            bottoms.append(bottom)
+        top, bottom = torch.cat(tops, 3), torch.cat(bottoms, 3)
+    return top.movedim(2, members), bottom.movedim(2, members), state
 
 
 def _span(q: Tensor, k: Tensor, v: Tensor, state: State) -> Walked:

@@ -24,9 +24,8 @@ def linear_attention(
     initial_normalizer: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """O(N) time and memory; no state is kept for a token. Queries may be (B, Hk, members, M, D), and then so is the result."""
+    """O(N) time and memory; no state is kept for a token. Queries may be (B, members, Hk, M, D), and then so is the result."""
     b, g = key.shape[:2]
-    members = query.shape[2] if query.ndim == 5 else query.shape[1] // g if g else 1
     wide = torch.promote_types(query.dtype, torch.float32)
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
@@ -40,9 +39,11 @@ def linear_attention(
         top = value.new_zeros(*shape, value.shape[-1], dtype=wide) if initial_state is None else initial_state
         bottom = value.new_zeros(shape, dtype=wide) if initial_normalizer is None else initial_normalizer
         state = top, bottom
-    phi_q = phi_q.reshape(b, g, members, *phi_q.shape[-2:])
+    members = 1
+    if query.ndim == 4:
+        phi_q, members = phi_q.reshape(b, g, query.shape[1] // g if g else 1, *phi_q.shape[-2:]), 2
     walk = _carried.causal if causal else _carried.everything
-    out, bottom, last = walk(phi_q, phi_k, value.to(wide), state)
+    out, bottom, last = walk(phi_q, phi_k, value.to(wide), state, members)
     scale = 1.0 if scale is None else scale
     if normalize:
         factor = scale / (bottom * scale + eps)

@@ -21,7 +21,7 @@ def hydra_attention(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Hydra attention in O(N) time and memory."""
     out, state, normalizer = linear_attention(
-        query_branches.transpose(1, 2),  # members of a key head
+        query_branches,  # members of a key head
         key,
         value,
         feature_map=feature_map,
@@ -31,5 +31,4 @@ def hydra_attention(
         key_padding_mask=key_padding_mask,
         return_state=True,
     )
-    out = out.transpose(1, 2).contiguous()
     return (out, state, normalizer) if return_state else out
