@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_attn import ArgumentError, linear_attention, linear_attention_step, use_backend
+from triton_attn.portable import _carried, _linear
 from triton_attn.testing.interpreter import Record
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "portable", "reference"])
@@ -86,6 +87,23 @@ def test_masked_keys_are_absent_from_numerator_and_denominator(backend: str) -> 
         masked = linear_attention(query, key, value, key_padding_mask=mask)
         short = linear_attention(query, key[:, :, :5], value[:, :, :5])
     torch.testing.assert_close(masked, short)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_pieces_and_spans_are_one_call(monkeypatch: pytest.MonkeyPatch, causal: bool, masked: bool) -> None:
+    monkeypatch.setattr(_linear, "MOST", 1)
+    monkeypatch.setattr(_carried, "CHUNKS", 1)
+    leaves = [x.requires_grad_() for x in drawn(n=150)]
+    state = torch.randn(2, 2, 8, 12, requires_grad=True), torch.rand(2, 2, 8, requires_grad=True)
+    mask = torch.rand(2, 150) < 0.3 if masked else None
+    found = []
+    for backend in ("portable", "reference"):
+        with use_backend(backend):
+            options: dict[str, Any] = {"causal": causal, "key_padding_mask": mask, "initial_state": state, "return_state": True}
+            out, last = linear_attention(*leaves, **options)
+        found.append((out, *last, *torch.autograd.grad(out.sum() + last[0].sum(), (*leaves, *state))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,4 +1,4 @@
-"""A carried state in stock operators: chunks for the causal form, one product for the other. Numerators and denominators apart.
+"""A carried state in stock operators: chunks for the causal form, a product for the other. Numerators and denominators apart.
 
 A column of ones beside the values would give both in one product, at up to twice the time: what is cut out of its result is copied.
 """
@@ -15,19 +15,23 @@ State = tuple[Tensor, Tensor]  # S (B, G, F, E), z (B, G, F)
 Walked = tuple[Tensor, Tensor, State]  # numerators, denominators, the state after the last key
 
 
-def everything(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None, members: int = 2) -> Walked:
-    """(phi_q S, phi_q z, (S, z)), S and z of all keys: (B, G, R, M, F), or (B, R, G, M, F) with `members` 1; (B, G, N, F); (B, G, N, E)."""
+def total(phi_k: Tensor, value: Tensor, state: State | None) -> State:
+    """(S, z) of all keys: (B, G, N, F), (B, G, N, E)."""
     top, bottom = phi_k.mT @ value, phi_k.sum(-2)
-    if state is not None:
-        top, bottom = top + state[0], bottom + state[1]
-    return phi_q @ top.unsqueeze(members), phi_q @ bottom[..., None].unsqueeze(members), (top, bottom)
+    return (top, bottom) if state is None else (top + state[0], bottom + state[1])
+
+
+def seen(phi_q: Tensor, state: State, members: int = 2) -> tuple[Tensor, Tensor]:
+    """(phi_q S, phi_q z) of (B, G, R, M, F), or (B, R, G, M, F) with `members` 1."""
+    return phi_q @ state[0].unsqueeze(members), phi_q @ state[1][..., None].unsqueeze(members)
 
 
 def causal(phi_q: Tensor, phi_k: Tensor, value: Tensor, state: State | None, members: int = 2) -> Walked:
-    """The same of row i of phi_q with S and z of the keys up to i. M = N."""
+    """The same of row i of phi_q with S and z of the keys up to i, and the last (S, z). M = N."""
     (b, g, n, f), phi_q = phi_k.shape, phi_q.movedim(members, 2)
     if n == 0:
-        return everything(phi_q, phi_k, value, state)
+        state = total(phi_k, value, state)
+        return *seen(phi_q.movedim(2, members), state, members), state
     state = (value.new_zeros(b, g, f, value.shape[-1]), value.new_zeros(b, g, f)) if state is None else state
     if torch.compiler.is_compiling() or n <= CHUNK * CHUNKS:
         # compiled, a loop over spans would fix the length in the graph
