@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from triton_attn import CATALOG, teeth
-from triton_attn.testing import bite, seeded
+from triton_attn.testing import bite, seeded, strict_interpreter
 from triton_attn.testing.outcomes import Outcomes
 
 triton = pytest.importorskip("triton")
@@ -181,6 +183,17 @@ def test_the_rows_calls_have_names_of_their_own_and_rows_too() -> None:
             asked = {str(call) for call in teeth._asked(row, kernel)}
             assert len(set(names)) == len(asked)
     assert len(abouts) == sum(len(row.kernels) for row in CATALOG.values())
+
+
+def test_a_calls_name_is_the_same_in_a_process_that_has_interpreted_nothing() -> None:
+    row = CATALOG["pool_tokens"]
+    with strict_interpreter():
+        now = teeth._names(row, row.kernels[0])
+    script = "from triton_attn import CATALOG, teeth; row = CATALOG['pool_tokens']; print(teeth._names(row, row.kernels[0]))"
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert run.stdout.strip() == str(now)
 
 
 def test_rows_that_no_time_is_left_for_are_named(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def _about(row: Mechanism, kernel: Kernel) -> str:
 
 def _names(row: Mechanism, kernel: Kernel) -> list[str]:
     """Of each check: a hash of the call, and of what judges it."""
+    with strict_interpreter():  # its modules are there from now on
+        pass
     judging = [inputs, numerics, verify, *(sys.modules[function.__module__] for function in (row.reference, row.bound))]
     strict = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{interpreter.__name__}.")]
     judged = source_hash([*judging, *strict])
