@@ -172,7 +172,8 @@ def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Specia
             yield _sized(row, _with(bare, dropout_p=0.2), **ONE, m=20, n=40), inputs.CONTIGUOUS, TILE
         if row.options.get("causal") == "str":
             yield _sized(row, _with(bare, causal="top_left"), **ONE, m=35, n=18), inputs.CONTIGUOUS, TILE
-            yield _sized(row, _with(bare, causal="bottom_right"), **ONE, m=3, n=60), inputs.CONTIGUOUS, TILE
+            for m, n in ((3, 60), (3, 140), (60, 40)):  # a key tile long before the diagonal, and rows that see nothing
+                yield _sized(row, _with(bare, causal="bottom_right"), **ONE, m=m, n=n), inputs.CONTIGUOUS, TILE
     if any(launch.shared for launch in kernel.launches):
         yield _sized(row, bare, b=1, h=2, g=1, m=17, n=70, e=10), inputs.CONTIGUOUS, replace(TILE, splits=3)
         # more shares than a merge reads at once: all of them full, and some empty

@@ -8,6 +8,7 @@ BY_QUERY = ("forward_kernel", "backward_query_kernel")
 LAST_M, LAST_N = "tl.minimum(count, BLOCK_M)", "tl.minimum(count, BLOCK_N)"
 DELTA = "tl.load(delta_ptr + head.to(tl.int64) * len_m + m, mask=in_m, other="
 LSE = "tl.load(lse_ptr + head.to(tl.int64) * len_m + m, mask=in_m, other="
+DIAGONALS = ("causal_visits", "visits")
 TOTALS = "tl.load(state_ptr + tl.cast(shares, tl.int64) * rows + at, mask=inside, other="
 PARTS = "tl.load(parts_ptr + at[:, None] * E + columns[None, :], mask=inside[:, None] & (columns < E)[None, :], other="
 LAST_VISIT = "tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)"
@@ -54,7 +55,22 @@ SOFTMAX = (
             *(f"{kernel}: {LAST_M}{change}" for kernel in BY_QUERY for change in (f" - 1 -> {LAST_M} + 1", " -> count", " -> BLOCK_M")),
             *(f"backward_key_kernel: {LAST_N}{change}" for change in (f" - 1 -> {LAST_N} + 1", " -> count", " -> BLOCK_N")),
         ),
-        ("attention", "dilated_attention"),
+        ("attention", "strided_attention", "dilated_attention"),
+    ),
+    Argument(
+        "a query that sees its own key has as many keys beside it as queries; and the rule hides the others",
+        tuple(f"runs: tl.minimum(last + 1, len_n) -> {end}" for end in ("last + 1", "len_n")),
+        ("strided_attention",),
+    ),
+    Argument(
+        "an empty run is read by nobody: the interpreter takes its descriptor, a GPU would not",
+        ("forward_kernel: tl.maximum(length, 1) -> length",),
+        ("attention",),
+    ),
+    Argument(
+        "pointers read the same numbers (with what is loaded otherwise, the same words, it is caught)",
+        ("forward_kernel: if DESCRIPTORS -> if not DESCRIPTORS",),
+        ("attention",),
     ),
     Argument(
         "a phase of -1 is nobody's remainder; a row that selects the branch, or a key in it, is at or after the first of its phase, before"
@@ -122,7 +138,7 @@ SOFTMAX = (
             "not_padded: padding_ptr + batch * padding_strides[0] + g * padding_strides[1]"
             " -> padding_ptr + batch * padding_strides[0] - g * padding_strides[1]",
         ),
-        ("attention", "dilated_attention"),
+        ("attention", "strided_attention", "dilated_attention"),
     ),
     Argument(
         "said twice: an absent key is left out by `in_n`, and by what its masked load gives",
@@ -152,6 +168,7 @@ SOFTMAX = (
         "only a call whose outputs, or log-sum-exps, are more than 2^31 numbers shows it: gigabytes that no test allocates",
         (
             "forward_kernel: head.to(tl.int64) -> head",
+            "forward_kernel: start.to(tl.int64) -> start",  # of the output; with queries, the same words, it is caught
             "delta_kernel: head.to(tl.int64) -> head",
             "load_lse: head.to(tl.int64) -> head",
             "backward_query_kernel: head.to(tl.int64) -> head",
@@ -174,6 +191,7 @@ SOFTMAX = (
         "a store casts to what the pointer points to",
         (
             "store_rows: tile.to(base.dtype.element_ty) -> tile",
+            "forward_kernel: out.to(out_ptr.dtype.element_ty) -> out",
             "merge_kernel: (acc * factor).to(out_ptr.dtype.element_ty) -> acc * factor",
         ),
     ),
@@ -221,33 +239,33 @@ SOFTMAX = (
         (
             "causal_runs: tl.maximum(first + numbers[0] + 1, 0) -> 0",
             "causal_runs: first + numbers[0] + 1 -> first + numbers[0] - 1",
-            f"causal_visits: {LAST_VISIT} -> len_m",
-            f"causal_visits: {ROUNDED} -> len_m",
-            "causal_visits: everyone - anyone -> everyone + anyone",  # in that line; in what is returned it is caught
+            *(f"{walk}: {LAST_VISIT} -> len_m" for walk in DIAGONALS),
+            *(f"{walk}: {ROUNDED} -> len_m" for walk in DIAGONALS),
+            *(f"{walk}: everyone - anyone -> everyone + anyone" for walk in DIAGONALS),  # in that line; in what is returned it is caught
         ),
     ),
     Argument(
         "visits keys after the diagonal, or queries before it, which the rule hides",
         (
             "causal_runs: tl.minimum(tl.maximum(last + numbers[0] + 1, 0), len_n) -> len_n",
-            "causal_visits: tl.maximum(first - numbers[0], 0) -> 0",
+            *(f"{walk}: tl.maximum(first - numbers[0], 0) -> 0" for walk in DIAGONALS),
         ),
     ),
     Argument(
         "a run of negative length is as empty as one of none",
         (
             "causal_runs: tl.maximum(last + numbers[0] + 1, 0) -> last + numbers[0] + 1",
-            "causal_visits: tl.minimum(tl.maximum(first - numbers[0], 0), len_m) -> tl.maximum(first - numbers[0], 0)",
+            *(f"{walk}: tl.minimum(tl.maximum(first - numbers[0], 0), len_m) -> tl.maximum(first - numbers[0], 0)" for walk in DIAGONALS),
             "share: tl.minimum(tl.program_id(1) * each, length) -> tl.program_id(1) * each",
         ),
     ),
     Argument(
         "the next line rounds up and ends at the last query",
-        (f"causal_visits: {LAST_VISIT} -> tl.maximum(last - numbers[0], anyone)",),
+        tuple(f"{walk}: {LAST_VISIT} -> tl.maximum(last - numbers[0], anyone)" for walk in DIAGONALS),
     ),
     Argument(
         "the two runs of queries meet elsewhere, and either may end within a tile",
-        (f"causal_visits: everyone = {ROUNDED} -> nothing",),
+        tuple(f"{walk}: everyone = {ROUNDED} -> nothing" for walk in DIAGONALS),
     ),
     Argument(
         "the other operand is float32 already, or the value is: the operation promotes",
@@ -262,6 +280,7 @@ SOFTMAX = (
         "32 bits are 32 bits: the sum with an unsigned zero is unsigned, and half a word is below 2^31 with or without sign",
         (
             "kept: quarter.to(tl.uint32) -> quarter",
+            "kept: (keys // 4).to(tl.uint32) -> keys // 4",
             "kept: queries.to(tl.uint32) -> queries",
             "kept: head.to(tl.uint32) -> head",
             "kept: (words >> 1).to(tl.int32) -> words >> 1",
