@@ -217,7 +217,7 @@ ROW = Mechanism(
     more="return_state",
     work=_work,
     cases=(
-        _case("whole", 20, 2, 2, 2, 20, 33, 16, 16),
+        _case("whole", 32, 2, 2, 2, 20, 33, 16, 16),
         _case("cross", 16, 1, 4, 2, 17, 40, 12, 16, scale=0.5),
         _case("three features", 3, 1, 2, 1, 20, 20, 16, 16, causal=True, kernel_epsilon=0.25),
         _case("causal", 33, 1, 2, 2, 40, 40, 16, 24, causal=True),
