@@ -1,4 +1,4 @@
-"""Of the carried state, which linear attention and hydra run."""
+"""Of the carried state, which linear attention and hydra run, and of the sums of hydra's variant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ PADDING = "tl.load(padding_ptr + batch * strides[0] + lines * strides[1], mask=i
 
 CELLS, SPOT = "tl.load(cells, mask=inside, other=", "tl.load(spot, mask=inside, other="
 
-HYDRA = ("hydra_attention",)
+HYDRA, META = ("hydra_attention",), ("meta_hydra_attention",)
+META_WALKS = ("query_kernel", "key_kernel")
+BEFORE = "tl.load(before_ptr + cell * WIDTH + columns, mask=columns < WIDTH, other="
 
 CARRIED = (
     Argument(
@@ -120,4 +122,36 @@ CARRIED = (
         ("walk_kernel: places[None, :] * out_strides[3] -> places[None, :]",),
     ),
     Argument("a store casts to what the pointer points to", ("walk_kernel: out.to(out_ptr.dtype.element_ty) -> out",)),
+    Argument(
+        "times after the last are hidden: a cost in time alone",
+        (
+            "sum_kernel: tl.minimum(at_span * span + span, length) -> at_span * span + span",
+            *(f"{kernel}: tl.minimum(at_span * span + span, length) -> at_span * span + span" for kernel in META_WALKS),
+        ),
+        META,
+    ),
+    Argument(
+        "only sums of more than 2^31 numbers show it, or that many in a gradient",
+        (*(f"{kernel}: at_span.to(tl.int64) -> at_span" for kernel in META_WALKS), "key_kernel: pair.to(tl.int64) -> pair"),
+        META,
+    ),
+    Argument(
+        "columns that do not exist meet zeros, and are not stored",
+        tuple(f"{kernel}: {BEFORE}0.0) -> {BEFORE}1)" for kernel in META_WALKS),
+        META,
+    ),
+    Argument(
+        "outputs are allocated by the launch: their columns have step 1",
+        ("query_kernel: columns[None, :] * out_strides[3] -> columns[None, :]",),
+        META,
+    ),
+    Argument(
+        "a store casts to what the pointer points to",
+        (
+            "query_kernel: out.to(out_ptr.dtype.element_ty) -> out",
+            "key_kernel: (x * asked).to(grad_value_ptr.dtype.element_ty) -> x * asked",
+            "key_kernel: out.to(grad_x_ptr.dtype.element_ty) -> out",
+        ),
+        META,
+    ),
 )

@@ -55,7 +55,7 @@ SOFTMAX = (
             *(f"{kernel}: {LAST_M}{change}" for kernel in BY_QUERY for change in (f" - 1 -> {LAST_M} + 1", " -> count", " -> BLOCK_M")),
             *(f"backward_key_kernel: {LAST_N}{change}" for change in (f" - 1 -> {LAST_N} + 1", " -> count", " -> BLOCK_N")),
         ),
-        ("attention", "strided_attention", "dilated_attention"),
+        ("attention", "strided_attention", "local_global_attention", "dilated_attention"),
     ),
     Argument(
         "a query that sees its own key has as many keys beside it as queries; and the rule hides the others",
@@ -104,6 +104,27 @@ SOFTMAX = (
         "the next line ends the diagonal at the last query, too",
         (f"visits: {DIAGONAL} -> {ALL}", "visits: total - before -> total + before"),
         ("dilated_attention",),
+    ),
+    Argument(
+        "keys outside of the band, or fewer full tiles of it, in any of the three runs: the rule hides what is too much",
+        (
+            "local_runs: tl.maximum(first - numbers[0], numbers[2]) -> numbers[2]",
+            "local_runs: tl.minimum(last + numbers[1] + 1, len_n) -> len_n",
+            "local_runs: numbers[1] -> numbers[0]",  # of the last key; of the last full tile, the same words, it is caught
+            "local_runs: last - numbers[0] -> last + numbers[0]",
+            "local_runs: numbers[0] -> numbers[1]",  # of the first full tile
+            "local_runs: first + numbers[1] + 1 -> first + numbers[1] - 1",
+            "local_runs: first + numbers[1] -> first - numbers[1]",
+            "banded: tl.minimum(low + tl.cdiv(tl.maximum(seen_from - low, 0), BLOCK) * BLOCK, high) -> high",
+            "banded: seen_from - low -> seen_from + low",
+            "banded: tl.maximum(tl.minimum(seen_to, high) - inner, 0) -> 0",
+        ),
+        ("local_global_attention",),
+    ),
+    Argument(
+        "the launch has no more global tokens than there are queries",
+        ("global_rows: tl.minimum(numbers[1], length) -> numbers[1]",),
+        ("local_global_attention",),
     ),
     Argument(
         "visits queries outside of the band, which the rule hides: a cost in time alone",
