@@ -164,7 +164,6 @@ ROW = Mechanism(
     work=_work,
     cases=(
         _case("one branch", 1, 2, 2, 45, 16, 16, (20,), (3,)),
-        _case("classes of several tiles", 1, 1, 1, 70, 16, 16, (35,), (2,), causal=True),
         _case("nested branches", 1, 3, 3, 64, 16, 16, (32, 64), (1, 2)),
         _case("short tail", 2, 1, 1, 37, 24, 16, (16, 32), (1, 2)),
         _case("segments that do not nest", 1, 2, 2, 30, 16, 16, (12, 20), (2, 1)),
@@ -173,6 +172,7 @@ ROW = Mechanism(
         _case("head groups", 1, 7, 7, 24, 16, 16, (12, 24, 24), (1, 1, 2), mode="head_group"),
         _case("each key once", 1, 4, 2, 34, 16, 16, (17, 34), (1, 2), overlap="unique"),
         _case("causal", 1, 3, 3, 50, 16, 16, (25, 50), (1, 3), causal=True),
+        _case("classes of several tiles", 1, 1, 1, 70, 16, 16, (35,), (2,), causal=True),
         _case("causal, each key once", 1, 2, 2, 40, 16, 16, (40, 20), (2, 1), causal=True, overlap="unique"),
         _case("causal, grouped heads", 1, 2, 1, 36, 16, 16, (36, 9), (1, 2), causal=True),
         _case("each key once, coarse first", 1, 2, 1, 20, 16, 16, (20, 10, 5), (2, 1, 1), overlap="unique"),

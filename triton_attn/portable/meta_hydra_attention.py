@@ -23,7 +23,10 @@ def meta_hydra_attention(
     products = _unit(key.to(wide)) * value.to(wide)
     state = products.sum(2)
     seen = products.cumsum(2) if causal else state[:, :, None]
-    out = (_unit(query_branches.to(wide)) * seen[:, None]).to(query_branches.dtype).contiguous()
+    out = _unit(query_branches.to(wide))
+    # in place: fresh memory costs more
+    out = out * seen[:, None] if out.requires_grad or seen.requires_grad else out.mul_(seen[:, None])
+    out = out.to(query_branches.dtype).contiguous()
     return (out, state) if return_state else out
 
 
