@@ -9,10 +9,11 @@ from __future__ import annotations
 from triton_attn.testing.equivalents.argument import Argument
 from triton_attn.testing.equivalents.carried import CARRIED
 from triton_attn.testing.equivalents.favor import FAVOR
+from triton_attn.testing.equivalents.patterns import PATTERNS
 from triton_attn.testing.equivalents.rows_and_scans import ROWS_AND_SCANS
 from triton_attn.testing.equivalents.softmax import SOFTMAX
 
-ARGUMENTS = (*SOFTMAX, *CARRIED, *FAVOR, *ROWS_AND_SCANS)
+ARGUMENTS = (*SOFTMAX, *PATTERNS, *CARRIED, *FAVOR, *ROWS_AND_SCANS)
 
 
 def equivalent(mechanism: str) -> dict[str, str]:

@@ -14,12 +14,6 @@ PARTS = "tl.load(parts_ptr + at[:, None] * E + columns[None, :], mask=inside[:, 
 LAST_VISIT = "tl.minimum(tl.maximum(last - numbers[0], anyone), len_m)"
 ROUNDED = "tl.minimum(anyone + tl.cdiv(everyone - anyone, BLOCK) * BLOCK, len_m)"
 
-RUN = "tl.minimum({} + numbers[0] + 1, end) - low"
-QUERIES, BEFORE = "tl.minimum(segment + length, len_m) - segment - phase", "(first - numbers[0] - segment - phase) // rate"
-SEEN_BY_ALL = "last - numbers[0] - segment - phase"
-ALL = f"tl.cdiv(tl.maximum({SEEN_BY_ALL} - before * rate, 0), rate)"
-DIAGONAL = f"tl.minimum({ALL}, total - before)"
-
 SOFTMAX = (
     Argument(
         "visits padded keys after the last visible one, which their padding hides again",
@@ -27,15 +21,6 @@ SOFTMAX = (
             "forward_kernel: end = tl.load(end_ptr + batch) -> nothing",
             "backward_query_kernel: end = tl.load(end_ptr + batch) -> nothing",
         ),
-    ),
-    Argument(
-        "fewer keys that every row sees, or more that one may see: what is left over goes through the edge's mask, at a cost in time alone",
-        (
-            "runs: tl.maximum(tl.minimum(first + numbers[0] + 1, end) - low, 0) -> 0",
-            "runs: tl.minimum(last + numbers[0] + 1, end) -> end",
-            "visits: last - numbers[0] -> last + numbers[0]",
-        ),
-        ("dilated_attention",),
     ),
     Argument(
         "the rows and runs of these patterns have step 1; patterns with other steps are other rows",
@@ -58,11 +43,6 @@ SOFTMAX = (
         ("attention", "strided_attention", "local_global_attention", "dilated_attention"),
     ),
     Argument(
-        "a query that sees its own key has as many keys beside it as queries; and the rule hides the others",
-        tuple(f"runs: tl.minimum(last + 1, len_n) -> {end}" for end in ("last + 1", "len_n")),
-        ("strided_attention",),
-    ),
-    Argument(
         "an empty run is read by nobody: the interpreter takes its descriptor, a GPU would not",
         ("forward_kernel: tl.maximum(length, 1) -> length",),
         ("attention",),
@@ -71,68 +51,6 @@ SOFTMAX = (
         "pointers read the same numbers (with what is loaded otherwise, the same words, it is caught)",
         ("forward_kernel: if DESCRIPTORS -> if not DESCRIPTORS",),
         ("attention",),
-    ),
-    Argument(
-        "a phase of -1 is nobody's remainder; a row that selects the branch, or a key in it, is at or after the first of its phase, before"
-        " the end of its segment",
-        (
-            "runs: (offset >= 0) & ((first - segment) % rate == offset) -> (first - segment) % rate == offset",
-            *(f"runs: tl.maximum({RUN.format(row)}, 0) -> {RUN.format(row)}" for row in ("first", "last")),
-            f"visits: tl.maximum({QUERIES}, 0) -> {QUERIES}",
-            f"visits: tl.minimum({BEFORE}, total) -> {BEFORE}",
-        ),
-        ("dilated_attention",),
-    ),
-    Argument(
-        "fewer keys that every row sees, queries that see none visited too, more queries on the diagonal: the rule hides them",
-        (
-            "runs: first + numbers[0] + 1 -> first + numbers[0] - 1",
-            "runs: first + numbers[0] -> first - numbers[0]",
-            f"visits: tl.maximum(tl.minimum({BEFORE}, total), 0) -> 0",
-            f"visits: {BEFORE} -> {BEFORE.replace('//', '%')}",
-            f"visits: {DIAGONAL} -> total - before",
-            f"visits: {SEEN_BY_ALL} - before * rate -> {SEEN_BY_ALL} + before * rate",
-            f"visits: {SEEN_BY_ALL} -> last - numbers[0] - segment + phase",
-            "visits: last - numbers[0] - segment -> last - numbers[0] + segment",
-            "visits: before * rate -> before",  # in that line; elsewhere it is caught
-            "visits: diagonal = tl.minimum(tl.cdiv(diagonal, BLOCK) * BLOCK, total - before) -> nothing",
-            "visits: tl.minimum(tl.cdiv(diagonal, BLOCK) * BLOCK, total - before) -> total - before",
-        ),
-        ("dilated_attention",),
-    ),
-    Argument(
-        "the next line ends the diagonal at the last query, too",
-        (f"visits: {DIAGONAL} -> {ALL}", "visits: total - before -> total + before"),
-        ("dilated_attention",),
-    ),
-    Argument(
-        "keys outside of the band, or fewer full tiles of it, in any of the three runs: the rule hides what is too much",
-        (
-            "local_runs: tl.maximum(first - numbers[0], numbers[2]) -> numbers[2]",
-            "local_runs: tl.minimum(last + numbers[1] + 1, len_n) -> len_n",
-            "local_runs: numbers[1] -> numbers[0]",  # of the last key; of the last full tile, the same words, it is caught
-            "local_runs: last - numbers[0] -> last + numbers[0]",
-            "local_runs: numbers[0] -> numbers[1]",  # of the first full tile
-            "local_runs: first + numbers[1] + 1 -> first + numbers[1] - 1",
-            "local_runs: first + numbers[1] -> first - numbers[1]",
-            "banded: tl.minimum(low + tl.cdiv(tl.maximum(seen_from - low, 0), BLOCK) * BLOCK, high) -> high",
-            "banded: seen_from - low -> seen_from + low",
-            "banded: tl.maximum(tl.minimum(seen_to, high) - inner, 0) -> 0",
-        ),
-        ("local_global_attention",),
-    ),
-    Argument(
-        "the launch has no more global tokens than there are queries",
-        ("global_rows: tl.minimum(numbers[1], length) -> numbers[1]",),
-        ("local_global_attention",),
-    ),
-    Argument(
-        "visits queries outside of the band, which the rule hides: a cost in time alone",
-        (
-            "local_visits: tl.minimum(last + numbers[0] + 1, len_m) -> len_m",
-            "local_visits: tl.maximum(tl.where(everyone, 0, first - numbers[1]), numbers[2]) -> numbers[2]",
-        ),
-        ("local_global_attention",),
     ),
     Argument(
         "these walks do not ask which head it is (which output it is, the same words elsewhere in the kernel, is caught)",
