@@ -74,3 +74,12 @@ def test_a_float16_sum_of_65536_ones_is_finite_and_right() -> None:
     ones = torch.ones(1, 1, 65536, 1, dtype=torch.float16)
     out = meta_hydra_attention(ones[:, None], ones, ones / 2, causal=True)
     assert torch.equal(out[0, 0, 0, :, 0].float(), (torch.arange(1, 65537) / 2).half().float())
+
+
+def test_one_query_may_be_mapped_over_many_keys() -> None:
+    query, key, value = (x.detach() for x in drawn())
+    keys = torch.stack((key, 2.0 * value))
+    with use_backend("portable"):
+        found = torch.func.vmap(meta_hydra_attention, in_dims=(None, 0, None))(query, keys, value)
+        expected = torch.stack([meta_hydra_attention(query, one, value) for one in keys])
+    torch.testing.assert_close(found, expected)

@@ -20,18 +20,19 @@ def meta_hydra_attention(
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    products = _unit(key.to(wide)) * value.to(wide)
+    query, key, value = query_branches.to(wide), key.to(wide), value.to(wide)
+    products = key * _inverse(key) * value
     state = products.sum(2)
     seen = products.cumsum(2) if causal else state[:, :, None]
-    out = _unit(query_branches.to(wide))
+    out, inverse = query * seen[:, None], _inverse(query)
     # in place: fresh memory costs more
-    out = out * seen[:, None] if out.requires_grad or seen.requires_grad else out.mul_(seen[:, None])
+    out = out * inverse if out.requires_grad else out.mul_(inverse)
     out = out.to(query_branches.dtype).contiguous()
     return (out, state) if return_state else out
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x / |x|; zeros stay zeros, and get no gradient."""
+def _inverse(x: Tensor) -> Tensor:
+    """1 / |x|; 0 for zeros, so that they stay zeros, and get no gradient."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse: Tensor = norm.masked_fill(norm == 0, torch.inf).reciprocal()
-    return x * inverse
+    return inverse
