@@ -139,7 +139,7 @@ def test_hostile_text_stays_text_on_the_page_and_in_the_pictures(tmp_path: Path,
     assert not re.search(r"<(?:img|script|iframe|a)\b|javascript:(?!b)", main)
     assert shown.count("<script>") == 1
     assert not re.search(r"^# title", text, re.MULTILINE)
-    assert text.count("</details>") == 3
+    assert text.count("</details>") == len(re.findall("^<details", text, re.MULTILINE))
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
     for picture in (plots.CHECKS, plots.TIMINGS, plots.TILES, plots.CANDIDATES):
