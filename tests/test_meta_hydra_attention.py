@@ -60,6 +60,17 @@ def test_the_state_is_what_a_last_query_sees(backend: str) -> None:
     torch.testing.assert_close(out[..., -1, :], last / last.norm(dim=-1, keepdim=True) * state[:, None])
 
 
+def test_all_keys_are_summed_over_several_spans() -> None:
+    query, key, value = torch.randn(1, 2, 1, 530, 4), *torch.randn(2, 1, 1, 1050, 4).unbind()
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    found = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            out, state = meta_hydra_attention(*leaves, return_state=True)
+        found.append((out, state, *torch.autograd.grad(out.sum() + state.sum(), leaves)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_it_is_a_variant_of_hydra_attention() -> None:
     query, key, value = drawn()
     mask = torch.rand(2, 7) < 0.3
