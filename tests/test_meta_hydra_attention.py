@@ -68,6 +68,7 @@ def test_all_keys_are_summed_over_several_spans() -> None:
         with use_backend(backend):
             out, state = meta_hydra_attention(*leaves, return_state=True)
         found.append((out, state, *torch.autograd.grad(out.sum() + state.sum(), leaves)))
+    # a thousand terms in another order, of which some cancel
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 

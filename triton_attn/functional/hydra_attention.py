@@ -67,6 +67,8 @@ def hydra_attention(
     """
     arguments.choice(ROW, "variant", variant, VARIANTS)
     arguments.choice(ROW, "feature_map", feature_map, FEATURE_MAPS)
+    if variant == "meta":
+        return meta_hydra_attention(query_branches, key, value, causal=causal, key_padding_mask=key_padding_mask, return_state=return_state)
     if not isinstance(query_branches, Tensor):
         raise ArgumentTypeError(ROW.name, "query_branches", f"is a {type(query_branches).__name__}; allowed: torch.Tensor")
     if query_branches.ndim != 5:
@@ -75,8 +77,6 @@ def hydra_attention(
         found = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
         raise ArgumentError(ROW.name, "key", f"has shape {found}; allowed: 'b h m d' with h = {query_branches.shape[2]}")
     arguments.flag(ROW, "return_state", return_state)
-    if variant == "meta":
-        return meta_hydra_attention(query_branches, key, value, causal=causal, key_padding_mask=key_padding_mask, return_state=return_state)
     tensors: dict[str, Tensor | None] = {
         "query_branches": query_branches,
         "key": key,

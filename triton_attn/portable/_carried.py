@@ -58,8 +58,10 @@ def _span(q: Tensor, k: Tensor, v: Tensor, state: State) -> Walked:
     bottoms, bottom = _before(state[1], k.sum(1).view(b, g, chunks, f))
     numerators = torch.baddbmm(q @ tops.reshape(-1, f, e), scores, v)
     denominators = torch.baddbmm(scores.sum(-1, keepdim=True), q, bottoms.reshape(-1, f, 1))
-    found = (x.view(b, g, chunks, group, CHUNK, -1).transpose(2, 3).flatten(3, 4)[..., :n, :] for x in (numerators, denominators))
-    return *found, (top.view(b, g, f, e), bottom)  # type: ignore[return-value]
+    numerators, denominators = (
+        x.view(b, g, chunks, group, CHUNK, -1).transpose(2, 3).flatten(3, 4)[..., :n, :] for x in (numerators, denominators)
+    )
+    return numerators, denominators, (top.view(b, g, f, e), bottom)
 
 
 def _before(state: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
