@@ -22,6 +22,7 @@ from triton_attn.testing.interpreter import (
     DuplicateStore,
     FalsePromise,
     IntegerOverflow,
+    InvalidDescriptor,
     InvalidGrid,
     KernelFault,
     Misaligned,
@@ -305,6 +306,7 @@ FAULTS = {
     "descriptor's stride": Seeded(
         Misaligned, described_kernel, lambda: (torch.zeros(6, 18), numbers(2), 6, 18, 4), "tl.make_tensor_descriptor", "source"
     ),
+    "descriptor without rows": Seeded(InvalidDescriptor, described_kernel, lambda: (*numbers(4).split(2), 0, 16, 4), "tl.make_", "source"),
     "descriptor's column": Seeded(Misaligned, descriptor_kernel, lambda: (described(6), numbers(2), 2, 4), ".load(", "described"),
     "multiple_of a scalar": Seeded(FalsePromise, multiple_kernel, lambda: (numbers(8), 12, "scalar"), "tl.multiple_of(n, 8)"),
     "multiple_of a block": Seeded(FalsePromise, multiple_kernel, lambda: (numbers(8), 4, "block"), "tl.multiple_of((i + n) % 8, 8)"),

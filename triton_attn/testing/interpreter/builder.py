@@ -12,7 +12,14 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import interpreter as plain
 
 from triton_attn.testing.interpreter import formats
-from triton_attn.testing.interpreter.faults import AssertionFailed, FalsePromise, IntegerOverflow, Misaligned, SmallDot
+from triton_attn.testing.interpreter.faults import (
+    AssertionFailed,
+    FalsePromise,
+    IntegerOverflow,
+    InvalidDescriptor,
+    Misaligned,
+    SmallDot,
+)
 from triton_attn.testing.interpreter.memory import Access, Memory
 
 Handle = Any  # plain.TensorHandle; Triton has no types
@@ -161,6 +168,10 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
             if stride.data.item() * width % 16:
                 text = f"a tensor descriptor's stride {axis} is {stride.data.item() * width} bytes, no multiple of 16"
                 raise Misaligned(text, tensor=", ".join(origins((base,))))
+        for axis, size in enumerate(shape):
+            if not 1 <= size.data.item() <= 2**32:
+                text = f"a tensor descriptor's axis {axis} is {size.data.item()}; CUDA takes 1 to 2**32"
+                raise InvalidDescriptor(text, tensor=", ".join(origins((base,))))
         descriptor = super().create_make_tensor_descriptor(base, shape, strides, *rest)
         located = descriptor.materialize_pointers
 

@@ -70,6 +70,10 @@ class Misaligned(KernelFault):
     """An address is no multiple of what the access needs."""
 
 
+class InvalidDescriptor(KernelFault):
+    """A tensor descriptor of a size that CUDA refuses."""
+
+
 class InvalidGrid(KernelFault):
     """A grid that CUDA refuses, or that Triton's launcher silently skips."""
 
