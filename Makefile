@@ -12,7 +12,7 @@ OLD := .venv-triton36/.installed
 FOREIGN := .venv-foreign/.installed
 MODELS := .venv-models/.installed
 SITE := .venv-site/.installed
-OLDER := $(addprefix tests/test_,kernels.py operators.py transforms.py compile.py interpreter.py interpreter_numbers.py kernel_check.py split.py)
+OLDER := $(addprefix tests/test_,kernels.py operators.py transforms.py compile.py interpreter.py interpreter_language.py interpreter_numbers.py kernel_check.py split.py)
 MODEL_TESTS := $(addprefix tests/test_,open_clip.py real_models.py hub.py vit.py vit_data.py)
 PEERS := .venv/.peers
 LIBRARIES := liger-kernel==0.8.5 fla-core==0.6.0

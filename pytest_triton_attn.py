@@ -47,11 +47,7 @@ def strict() -> Iterator[Any]:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its kind are full of NaN, or of the largest integer, and torch runs deterministically."""
-    import torch
+    from triton_attn.testing import unwritten
 
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    with unwritten.poisoned_memory():
+        yield

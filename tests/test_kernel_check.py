@@ -129,8 +129,108 @@ def test_sizes_options_and_other_inputs_are_the_caller_s() -> None:
     assert seen_sizes == {(3, 16)}
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def row_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, out_ptr, columns, HOW: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(x_ptr + row * columns + column, mask=inside, other=float("-inf"))
+    if HOW == "argmax":
+        tl.store(out_ptr + row, tl.argmax(x, 0))
+    elif HOW == "positive":
+        tl.store(out_ptr + row * columns + column, x, mask=inside & (x > 0))
+    elif HOW == "copy":
+        tl.store(out_ptr + row * columns + column, x, mask=inside)
+    else:
+        top = 0.0
+        if HOW == "softmax":
+            top = tl.max(x, 0)
+        p = tl.exp(x - top)
+        tl.store(out_ptr + row * columns + column, p / tl.sum(p, 0), mask=inside)
+
+
+def by_rows(how: str, dtype: torch.dtype | None = None, skipped: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A launcher of `row_kernel`, which may leave out the last rows."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        (rows, columns), x = x.shape, x.contiguous()
+        out = torch.empty(rows if how == "argmax" else (rows, columns), dtype=dtype or x.dtype)
+        row_kernel[(max(1, rows - skipped),)](x, out, columns, HOW=how, BLOCK=triton.next_power_of_2(columns))
+        return out
+
+    return call
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def product_kernel(x_ptr, out_ptr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, tl.dot(x, x, input_precision=PRECISION))
+
+
+def product(precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(16, 16)
+        product_kernel[(1,)](x.contiguous(), out, PRECISION=precision)
+        return out
+
+    return call
+
+
 def same(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+ROWS = {"x": "rows columns"}
+SINGLE: dict[str, Any] = {**FORWARD, "dtypes": [torch.float32]}
+
+
+def test_integers_are_compared_exactly() -> None:
+    check_kernel(by_rows("argmax", torch.int64), lambda x: x.argmax(1), ROWS, **FORWARD)
+    with pytest.raises(AssertionError, match=r"0\[0\] is \d+, the truth"):
+        check_kernel(by_rows("argmax", torch.int64), lambda x: x.argmin(1), ROWS, **FORWARD)
+
+
+def test_a_result_narrower_than_the_reference_s_is_wrong() -> None:
+    check_kernel(by_rows("copy", torch.float32), same, ROWS, **FORWARD)
+    with pytest.raises(AssertionError, match="reference gives"):
+        check_kernel(by_rows("copy", torch.bfloat16), same, ROWS, **SINGLE)
+
+
+@pytest.mark.parametrize(("launch", "reference"), [(by_rows("copy", skipped=1), same), (by_rows("positive"), lambda x: x.relu())])
+def test_what_nobody_wrote_is_nan(launch: Callable[..., Any], reference: Callable[..., Any]) -> None:
+    with pytest.raises(AssertionError, match=r"0\[.*is nan, the truth"):
+        check_kernel(launch, reference, ROWS, **SINGLE)
+
+
+def test_a_softmax_that_forgot_its_maximum_is_found_out() -> None:
+    check_kernel(by_rows("softmax"), lambda x: x.softmax(1), ROWS, **SINGLE)
+    with pytest.raises(AssertionError, match="is nan, the truth"):
+        check_kernel(by_rows("no maximum"), lambda x: x.softmax(1), ROWS, **{**SINGLE, "examples": 50})
+
+
+def test_two_faults_are_one_failure() -> None:
+    def faulty(x: torch.Tensor) -> torch.Tensor:
+        return by_rows("copy", skipped=1)(x) * (2 if x.shape[1] < 9 else 1)
+
+    with pytest.raises(AssertionError):
+        check_kernel(faulty, same, ROWS, **{**SINGLE, "examples": 50})
+
+
+def test_products_in_tf32_are_named_and_allowed_for() -> None:
+    square: dict[str, Any] = {**SINGLE, "sizes": {"n": 16, "m": 16}}
+    with pytest.raises(AssertionError, match="products='tf32'"):
+        check_kernel(product("tf32"), lambda x: x @ x, {"x": "n m"}, **square)
+    check_kernel(product("tf32"), lambda x: x @ x, {"x": "n m"}, products="tf32", **square)
+    check_kernel(product("ieee"), lambda x: x @ x, {"x": "n m"}, **square)
+
+
+def test_launches_of_one_program_are_told() -> None:
+    alone = check_kernel(by_rows("copy"), same, ROWS, sizes={"rows": 1}, **SINGLE)
+    assert alone.programs == 1
+    assert "every launch was one program" in str(alone)
+    assert "one program" not in str(check_kernel(by_rows("copy"), same, ROWS, **SINGLE))
 
 
 REFUSED: list[tuple[str, Callable[..., Any], Callable[..., Any], Any, dict[str, Any], str]] = [
@@ -143,6 +243,14 @@ REFUSED: list[tuple[str, Callable[..., Any], Callable[..., Any], Any, dict[str, 
     ("an unknown gradient", launched, definition, INPUTS, {"gradients": ["y"]}, "gradients names y"),
     ("no derivative", launched, definition, INPUTS, {"gradients": True}, "pass gradients=False"),
     ("no tensor returned", lambda x: 3, same, {"x": "n"}, {}, "returns int"),
+    ("a tensor and nothing", lambda x: (x, None), same, {"x": "n"}, {}, "returns NoneType"),
+    ("a builtin", by_rows("copy"), torch.exp, ROWS, {}, "tells no signature; wrap it"),
+    ("a list of inputs", same, same, ["x"], {}, "inputs is"),
+    ("an input that gives nothing", same, same, {"x": lambda sizes, generator: None}, {}, "gives NoneType"),
+    ("an unknown layout", same, same, {"x": "n"}, {"layouts": ["diagonal"]}, "layouts has diagonal; allowed: contiguous"),
+    ("integers as a working dtype", same, same, {"x": "n"}, {"dtypes": [torch.int8]}, "dtypes has torch.int8; allowed"),
+    ("products that there are not", same, same, {"x": "n"}, {"products": "tf33"}, "products is 'tf33'"),
+    ("sizes that there are not", same, same, {"x": "n"}, {"where": lambda sizes: False}, "where is never true"),
 ]
 
 
@@ -158,6 +266,11 @@ def test_without_the_interpreter_it_says_what_to_set(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(device, "interpreting", lambda: False)
     with pytest.raises(StrictnessError, match="TRITON_INTERPRET=1"):
         check_kernel(launched, definition, INPUTS, **FORWARD)
+
+
+def test_a_gpu_is_not_interpreted() -> None:
+    with pytest.raises(StrictnessError, match="unset it"):
+        check_kernel(launched, definition, INPUTS, device="cuda", **FORWARD)
 
 
 def test_measured_sensitivity_sees_what_cancels_inside() -> None:

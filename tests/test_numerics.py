@@ -120,3 +120,24 @@ def test_an_infinity_elsewhere_is_a_fault(found: float, truth: float) -> None:
 def judged_in_half(found: float, truth: float) -> str:
     one = torch.tensor([truth], dtype=torch.float64)
     return numerics.compare("out", torch.tensor([found], dtype=torch.float16), one, one.abs(), dtype=torch.float16).fault
+
+
+@pytest.mark.parametrize("size", [torch.nan, -1.0, torch.inf])
+def test_a_bound_that_bounds_nothing_is_a_fault(size: float) -> None:
+    sizes = torch.ones(8, dtype=torch.float64)
+    sizes[3] = size
+    wrong = torch.zeros(8, dtype=torch.float64)
+    assert "out[3] has no bound" in numerics.compare("out", wrong.float(), wrong, sizes, dtype=torch.float32).fault
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "said"),
+    [
+        (torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.int32), ""),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), r"out[1] is 2, the truth 3"),
+        (torch.tensor([True]), torch.tensor([False]), r"out[0] is True, the truth False"),
+        (torch.tensor([1]), torch.tensor([1.0]), "out is of torch.int64, the truth of torch.float32"),
+    ],
+)
+def test_integers_and_truth_values_are_exact(found: torch.Tensor, truth: torch.Tensor, said: str) -> None:
+    assert numerics.compare("out", found, truth, truth, dtype=torch.float32).fault == said

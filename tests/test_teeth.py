@@ -6,6 +6,7 @@ import ast
 import os
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,32 @@ def test_a_strong_check_catches_every_fault_that_changes_something() -> None:
 def test_a_weak_check_lets_faults_pass() -> None:
     survivors = {planted.fault.kind for planted in bite(weak) if planted.survived}
     assert survivors >= {"forgotten factor", "dropped maximum"}
+
+
+@triton.jit
+def count_kernel(out_ptr, length):  # type: ignore[no-untyped-def]
+    done = tl.load(out_ptr)
+    while done < length:
+        done += 1
+    tl.store(out_ptr, done)
+
+
+def counted() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    count_kernel[(1,)](out, 5)
+    assert out.item() == 5
+
+
+def test_a_fault_that_makes_a_loop_endless_is_caught_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeded, "AT_LEAST", 0.5)
+    ends = {planted.fault.key: planted.caught for planted in bite(counted)}
+    assert ends["count_kernel: done += 1 -> nothing"].startswith("TimeoutError")
+
+
+@pytest.mark.parametrize("check", [[], lambda: None], ids=["none", "without a kernel"])
+def test_no_check_or_no_kernel_is_not_all_caught(check: Any) -> None:
+    with pytest.raises(ValueError, match="check"):
+        list(bite(check))
 
 
 def test_faults_are_undone() -> None:

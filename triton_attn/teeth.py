@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from triton_attn.mechanism import Case, Kernel, Mechanism
 from triton_attn.testing import inputs, interpreter, numerics, seeded, strict_interpreter
 from triton_attn.testing.equivalents import equivalent
 from triton_attn.testing.outcomes import Outcomes
+from triton_attn.testing.unwritten import poisoned_memory
 from triton_attn.tiles import Tile, source_hash
 
 TILE = Tile(16, 16, 4, 1)
@@ -112,20 +112,9 @@ def checks(row: Mechanism, kernel: Kernel) -> list[Callable[[], None]]:
 
 
 def _check(expected: verify.Expected, run: verify.Run) -> None:
-    with strict_interpreter(), _poisoned():
+    with strict_interpreter(), poisoned_memory():
         comparisons = expected.judge(run)
     numerics.assert_right(comparisons, (expected.options, expected.dtype))
-
-
-@contextmanager
-def _poisoned() -> Iterator[None]:
-    """torch.empty is full of NaN: an output that nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @functools.cache

@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 
+from triton_attn.device import interpreting
 from triton_attn.testing import inputs as drawing
 from triton_attn.testing import numerics, strategies
-from triton_attn.testing.interpreter import Record, require_interpreter, strict_interpreter
+from triton_attn.testing.interpreter import Record, StrictnessError, require_interpreter, strict_interpreter
 from triton_attn.testing.sensitivity import sensitivity
+from triton_attn.testing.unwritten import poisoned_memory
 
 Draw = Callable[[Mapping[str, int], torch.Generator], Tensor]  # sizes by axis name, generator -> tensor
 Choice = Any  # a strategy, a sequence to sample from, or one value
@@ -43,15 +46,17 @@ class Call:
 
 @dataclass
 class Checked:
-    """What a check has seen: calls, kernel launches, and per result the worst share of what is allowed (below 1)."""
+    """What a check has seen: calls, kernel launches, the most programs of one, and per result the worst share of what is allowed."""
 
     calls: int = 0
     launches: int = 0
+    programs: int = 0  # 0 on a GPU, where nobody counts
     worst: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in self.worst.items())
-        return f"{self.calls} calls, {self.launches} launches; worst share of what is allowed: {shares}"
+        alone = "; every launch was one program: larger `sizes` would show what several do" if self.programs == 1 else ""
+        return f"{self.calls} calls, {self.launches} launches; worst share of what is allowed: {shares}{alone}"
 
 
 def check_kernel(
@@ -65,7 +70,8 @@ def check_kernel(
     where: Callable[[Mapping[str, int]], bool] = lambda sizes: True,
     dtypes: Sequence[torch.dtype] = ALL_DTYPES,
     layouts: Sequence[str] = drawing.LAYOUTS,
-    spreads: Sequence[float] = (1.0, 0.1, 8.0),
+    spreads: Sequence[float] = (1.0, 0.1, 8.0, 64.0),
+    products: Literal["ieee", "tf32"] = "ieee",
     bound: Callable[..., Mapping[str, Tensor]] | None = None,
     deterministic: bool = True,
     device: torch.device | str = "cpu",
@@ -88,6 +94,7 @@ def check_kernel(
         options: further keyword arguments, likewise.
         where: keeps only sizes for which it is true.
         dtypes, layouts, spreads: of the drawn tensors. Layouts are names in `triton_attn.testing.inputs.LAYOUTS`.
+        products: how exact those of float32 are meant to be; "tf32", which is `tl.dot`'s default, allows 2**-10 instead of 2**-24.
         bound: bound(**inputs in float64, **options, grad_0=..., ...) -> S by result name ("0", "1", ... and "grad <input>").
         deterministic: on a CPU the forward pass must give the same bits with its programs in another order.
         device: "cpu" runs under the strict interpreter, "cuda" for real.
@@ -98,16 +105,20 @@ def check_kernel(
         What was seen; `print` it.
 
     Raises:
-        AssertionError: the kernel is wrong; the message shows the smallest call found, every share, the worst element. A subclass
+        AssertionError: the kernel is wrong, gives another dtype than the reference or a narrower one, or leaves some of `torch.empty`
+            unwritten, which is full of NaN on a CPU; the message shows the smallest call found, every share, the worst element. A subclass
             of KernelFault if it did what a GPU does not forgive.
         CheckError: no kernel was launched, a signature does not fit, or axes do not parse.
         StrictnessError: on a CPU, if Triton is not interpreting.
     """
     options = dict(options or {})
-    check = _Check(function, reference, inputs, gradients, bound, deterministic, torch.device(device), strict)
-    check.validate(options, sizes or {})
+    check = _Check(function, reference, inputs, gradients, bound, deterministic, torch.device(device), strict, products)
+    check.validate(options)
+    _validate_choices(dtypes, layouts, products)
     if check.device.type == "cpu":
         require_interpreter()
+    elif interpreting():
+        raise StrictnessError(f"device={str(device)!r} is for kernels that run for real, but TRITON_INTERPRET=1 is set; unset it")
     axes = {axis for given_axes in check.axes.values() for axis in given_axes}
     drawn_sizes = st.fixed_dictionaries(
         {axis: _choice((sizes or {}).get(axis, strategies.edges())) for axis in sorted(axes | set(sizes or {}))}
@@ -125,12 +136,23 @@ def check_kernel(
     # the explain phase traces every line: minutes for an interpreted kernel
     phases = (Phase.explicit, Phase.generate, Phase.shrink)
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=phases, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,  # several would come as a group, which no `except AssertionError` meets
+    )
     @given(call=calls)
     def property_of_kernel(call: Call) -> None:
         check.run(call)
 
-    property_of_kernel()
+    try:
+        property_of_kernel()
+    except Unsatisfiable:
+        raise CheckError("where is never true for the sizes that are drawn; widen sizes, or where") from None
     if check.device.type == "cpu" and not check.seen.launches:
         raise CheckError(f"{_name(function)} launched no Triton kernel in {check.seen.calls} calls; pass the function that launches it")
     return check.seen
@@ -146,10 +168,13 @@ class _Check:
     deterministic: bool
     device: torch.device
     strict: Mapping[str, Any]
+    products: str
     axes: dict[str, list[str]] = field(default_factory=dict)
     seen: Checked = field(default_factory=Checked)
 
-    def validate(self, options: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    def validate(self, options: Mapping[str, Any]) -> None:
+        if not isinstance(self.inputs, Mapping):
+            raise CheckError(f'inputs is {self.inputs!r}; it maps each tensor argument to its axes, for instance {{"x": "rows columns"}}')
         for given_function, role in ((self.function, "function"), (self.reference, "reference")):
             if hasattr(given_function, "rewrite") or hasattr(given_function, "warmup"):
                 raise CheckError(f"{role} is a Triton kernel, which needs a grid; pass the Python function that launches it")
@@ -157,6 +182,8 @@ class _Check:
                 raise CheckError(f"{role} is {given_function!r}, which cannot be called")
             try:
                 inspect.signature(given_function).bind(**dict.fromkeys([*self.inputs, *options]))
+            except ValueError:
+                raise CheckError(f"{role} {_name(given_function)} tells no signature; wrap it, for instance in lambda x: ...") from None
             except TypeError as error:
                 raise CheckError(f"{role} {_name(given_function)} cannot take {', '.join([*self.inputs, *options])}: {error}") from None
         if not self.inputs:
@@ -175,30 +202,39 @@ class _Check:
         tensors: dict[str, Tensor] = {}
         for name, axes in self.inputs.items():
             if callable(axes):
-                tensors[name] = axes(call.sizes, generator).to(self.device)
+                drawn = axes(call.sizes, generator)
+                if not isinstance(drawn, Tensor):
+                    raise CheckError(f"inputs[{name!r}] gives {type(drawn).__name__}; it wants (sizes, generator) -> tensor")
+                tensors[name] = drawn.to(self.device)
             else:
                 values = (torch.randn([call.sizes[axis] for axis in self.axes[name]], generator=generator) * call.spread).to(call.dtype)
                 tensors[name] = drawing.laid_out(values, call.layouts[name]).to(self.device)
         wanted = [name for name in self.axes if self.gradients is True or (self.gradients and name in self.gradients)]
         before = {name: tensor.clone() for name, tensor in tensors.items()}
-        with strict_interpreter(**self.strict) if self.device.type == "cpu" else nullcontext(Record()) as record:
+        on_cpu = self.device.type == "cpu"
+        with (
+            strict_interpreter(**self.strict) if on_cpu else nullcontext(Record()) as record,
+            poisoned_memory() if on_cpu else nullcontext(),
+        ):
             outputs = self._outputs(self.function, tensors, call, wanted)
             grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
             found = [*outputs, *self._gradients(outputs, grads, wanted)]
         self.seen.launches += record.launches
         self.seen.calls += 1
+        self.seen.programs = max(self.seen.programs, record.programs)
         for name, tensor in before.items():
             if not torch.equal(tensor.nan_to_num(), tensors[name].detach().nan_to_num()):
                 raise AssertionError(f"{call}\nthe call changed its input {name}")
         if self.deterministic and self.device.type == "cpu":
-            with strict_interpreter(**{**self.strict, "order": call.seed}), torch.no_grad():
+            with strict_interpreter(**{**self.strict, "order": call.seed}), poisoned_memory(), torch.no_grad():
                 for i, (x, again) in enumerate(zip(outputs, self._outputs(self.function, tensors, call, []), strict=True)):
                     if not torch.equal(x.detach().nan_to_num(), again.nan_to_num()):
-                        raise AssertionError(f"{call}\nresult {i} has other bits when the programs run in another order")
-        self._judge(call, tensors, grads, found, wanted)
+                        said = "has other bits when the programs run in another order; atomics may, with deterministic=False"
+                        raise AssertionError(f"{call}\nresult {i} {said}")
+        self._judge(call, tensors, grads, found, wanted, record.tf32)
 
     def _judge(
-        self, call: Call, tensors: Mapping[str, Tensor], grads: Sequence[Tensor], found: Sequence[Tensor], wanted: list[str]
+        self, call: Call, tensors: Mapping[str, Tensor], grads: Sequence[Tensor], found: Sequence[Tensor], wanted: list[str], tf32: bool
     ) -> None:
         wide = {name: x.detach().double() if name in self.axes else x for name, x in tensors.items()}
         wide_grads = [grad.double() for grad in grads]
@@ -217,17 +253,28 @@ class _Check:
             sizes = [by_name[name] for name in names]
         else:
             sizes = sensitivity(partial(everything, wide_grads), wide, truth, seed=call.seed)
-        yardstick = everything(grads, **{name: x.detach() for name, x in tensors.items()}) if call.spread <= 1.0 else [None] * len(truth)
+        yardstick = everything(grads, **{name: x.detach() for name, x in tensors.items()})
         comparisons = []
         for name, x, true, size, naive in zip(names, found, truth, sizes, yardstick, strict=True):
+            if narrower(x.dtype, naive.dtype):
+                raise AssertionError(f"{call}\nresult {name} is of {x.dtype}, where the reference gives {naive.dtype}")
             dtype = x.dtype if x.dtype in numerics.ROUNDOFF else call.dtype
             unit = max(dtype, call.dtype, key=lambda kind: numerics.ROUNDOFF[kind])
             comparisons.append(
                 numerics.compare(
-                    name, x, true, size, dtype=unit, measured=self.bound is None, gradient=name.startswith("grad"), yardstick=naive
+                    name,
+                    x,
+                    true,
+                    size,
+                    dtype=unit,
+                    measured=self.bound is None,
+                    gradient=name.startswith("grad"),
+                    yardstick=naive if call.spread <= 1.0 else None,
+                    tf32=self.products == "tf32",
                 )
             )
-        numerics.assert_right(comparisons, call)
+        hint = "\nits tl.dot multiplies float32 in tf32: input_precision='ieee' is exact, check_kernel(products='tf32') allows for it"
+        numerics.assert_right(comparisons, f"{call}{hint if tf32 and self.products == 'ieee' else ''}")
         for comparison in comparisons:
             self.seen.worst[comparison.name] = max(comparison.share, self.seen.worst.get(comparison.name, 0.0))
 
@@ -236,8 +283,9 @@ class _Check:
             tensors[name].requires_grad_()
         outputs = function(**tensors, **call.options)
         outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        if not all(isinstance(x, Tensor) for x in outputs):
-            raise CheckError(f"{_name(function)} returns {type(outputs[0]).__name__}; a tensor or a tuple of tensors is compared")
+        odd = [type(x).__name__ for x in outputs if not isinstance(x, Tensor)]
+        if odd:
+            raise CheckError(f"{_name(function)} returns {odd[0]}; a tensor or a tuple of tensors is compared")
         self._leaves = [tensors[name] for name in wanted]
         return outputs
 
@@ -248,6 +296,22 @@ class _Check:
         if not pairs:
             raise CheckError("no result requires a gradient: the function is not differentiable; pass gradients=False")
         return torch.autograd.grad([x for x, _ in pairs], self._leaves, [grad for _, grad in pairs], materialize_grads=True)
+
+
+def narrower(found: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether a result has less in it than what was wanted, or is of another kind. Statistics in float32 beside half operands may be."""
+    if not (found.is_floating_point and wanted.is_floating_point):
+        return found.is_floating_point != wanted.is_floating_point
+    return numerics.ROUNDOFF.get(found, 1.0) > numerics.ROUNDOFF.get(wanted, 1.0)
+
+
+def _validate_choices(dtypes: Sequence[torch.dtype], layouts: Sequence[str], products: str) -> None:
+    for name, given_values, allowed in (("dtypes", dtypes, numerics.ROUNDOFF), ("layouts", layouts, drawing.LAYOUTS)):
+        unknown = [value for value in given_values if value not in allowed]
+        if unknown or not given_values:
+            raise CheckError(f"{name} has {unknown[0] if unknown else 'nothing'}; allowed: {', '.join(map(str, allowed))}")
+    if products not in ("ieee", "tf32"):
+        raise CheckError(f"products is {products!r}; allowed: 'ieee', 'tf32'")
 
 
 def _choice(choice: Choice) -> st.SearchStrategy[Any]:

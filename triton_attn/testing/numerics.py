@@ -2,8 +2,8 @@
 
 Truth is the reference in float64, the yardstick the reference in the working dtype.
 
-- Tier 0, exact: shape, dtype and device as promised; infinities and NaN exactly where the truth has them, and where the dtype's
-  largest number is less than the truth or within its bound: there rounding gives infinity too.
+- Tier 0, exact: shape; integers and truth values; infinities and NaN exactly where the truth has them, and where the dtype's largest
+  number is less than the truth or within its bound: there rounding gives infinity too.
 - Tier 1, componentwise: |error| <= K u S + eta for every element, u being the unit roundoff and S the same formula on magnitudes
   (the mechanism's `bound`). K is 4, and 8 for gradients in float32 and float64, whose sums accumulate in the working precision. What
   is `borrowed`, computed by torch's own call, has 8 throughout in float32: torch 2.13's fused CPU call was seen at 4.9, kernels were not.
@@ -65,6 +65,8 @@ def compare(
     """
     if found.shape != truth.shape:
         return Comparison(name, float("inf"), 0.0, f"{name} has shape {tuple(found.shape)}, not {tuple(truth.shape)}")
+    if not (found.is_floating_point() and truth.is_floating_point()):
+        return _exactly(name, found.detach().cpu(), truth.detach().cpu())
     largest = torch.finfo(found.dtype).max
     found, truth, size = (x.detach().to("cpu", torch.float64) for x in (found, truth, size))
     unit = TF32_ROUNDOFF if tf32 and dtype == torch.float32 else ROUNDOFF[dtype]
@@ -80,6 +82,12 @@ def compare(
         where = tuple(odd.nonzero()[0].tolist())
         return Comparison(name, float("inf"), 0.0, f"{name}{list(where)} is {found[where].item()}, the truth {truth[where].item()}")
     finite = truth.isfinite()
+    allowing = (size >= 0) & size.isfinite()
+    if (finite & ~allowing).any():
+        where = tuple((finite & ~allowing).nonzero()[0].tolist())
+        return Comparison(
+            name, float("inf"), 0.0, f"{name}{list(where)} has no bound: S is {size[where].item()}; allowed: 0 and more, finite"
+        )
     error = (found - truth).masked_fill(~finite, 0.0).abs()
     if error.numel() == 0:
         return Comparison(name, 0.0, 0.0)
@@ -97,6 +105,17 @@ def compare(
         if rms > 1.0 and not fault:
             fault = f"{name} has an RMS error of {_rms(error):.3g}, {rms:.2f} times what is allowed beside the naive {naive:.3g}"
     return Comparison(name, ratio, rms, fault)
+
+
+def _exactly(name: str, found: Tensor, truth: Tensor) -> Comparison:
+    """Integers and truth values have no roundoff."""
+    if found.is_floating_point() or truth.is_floating_point():
+        return Comparison(name, float("inf"), 0.0, f"{name} is of {found.dtype}, the truth of {truth.dtype}")
+    wrong = found != truth
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        return Comparison(name, float("inf"), 0.0, f"{name}{list(where)} is {found[where].item()}, the truth {truth[where].item()}")
+    return Comparison(name, 0.0, 0.0)
 
 
 def assert_matches(name: str, found: Tensor, truth: Tensor, size: Tensor, *, context: Any = "", **how: Any) -> Comparison:

@@ -12,8 +12,10 @@ import ast
 import copy
 import inspect
 import random
+import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from triton_attn.testing.outcomes import Outcome, Outcomes
 Path = tuple[tuple[str, int | None], ...]  # fields and positions from a function's node down to the one to exchange
 # what the language says to a fault that no compiler would take: it proves nothing
 STILLBORN = (TypeError, AttributeError, NameError)
+TIMES, AT_LEAST = 20.0, 10.0  # a faulty check may take so many times as long as the right one, and so many seconds
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,16 @@ def bite(
     Several checks are tried, first the one that caught the fault before on the same line, then the quickest, those left out that do not
     run the line of the fault. `equivalent` gives for the `key` of a fault why it changes nothing that a call can show; it is planted all
     the same, and counts as caught if it is. A fault that only the language objects to, with a TypeError for instance, would not have
-    compiled: it is left out. `outcomes` knows those of an earlier run, keeps those of this one, and ends it in time.
+    compiled: it is left out. One whose check takes far longer than the right one is caught by that: a forgotten step makes a loop endless.
+    `outcomes` knows those of an earlier run, keeps those of this one, and ends it in time.
     """
     checks = [check] if callable(check) else list(check)
+    if not checks:
+        raise ValueError("there is no check to plant faults for")
     book = outcomes or Outcomes(calls=[str(place) for place in range(len(checks))])
     running = ran(*checks)
+    if not running.functions:
+        raise ValueError("the checks launched no kernel; a check calls the function that launches it")
     book.begin(running.functions)
     every = faults(running)
     if some is not None:
@@ -203,6 +211,25 @@ def bite(
             yield Bite(fault, outcome.caught, "" if outcome.caught else (equivalent or {}).get(fault.key, ""), outcome.seconds)
 
 
+@contextmanager
+def _in_time(seconds: float) -> Iterator[None]:
+    """TimeoutError where a fault makes a loop endless; only the main thread can be called back, elsewhere it would wait."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 def _outcome(fault: Fault, running: Ran, checks: Sequence[Callable[[], object]], book: Outcomes, likely: int | None) -> Outcome | None:
     """The fault's end, by every check that runs its line and that it has not met; None where there is no time for that."""
     known = book.known(fault.place)
@@ -217,8 +244,8 @@ def _outcome(fault: Fault, running: Ran, checks: Sequence[Callable[[], object]],
     outcome = None
     for i in sorted(concerned, key=lambda i: (i != likely, running.seconds[i])):
         try:
-            # strict, lest a fault writes where it should not
-            with planted(fault, running.functions), strict_interpreter():
+            # strict, lest a fault writes where it should not, and before it is planted: strictness has functions rewritten in its way
+            with strict_interpreter(), planted(fault, running.functions), _in_time(TIMES * running.seconds[i] + AT_LEAST):
                 checks[i]()
         except STILLBORN:
             unmade = True

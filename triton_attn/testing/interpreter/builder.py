@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from numpy.typing import NDArray
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import interpreter as plain
@@ -18,11 +19,12 @@ from triton_attn.testing.interpreter.faults import (
     IntegerOverflow,
     InvalidDescriptor,
     Misaligned,
+    OutOfBounds,
     SmallDot,
 )
+from triton_attn.testing.interpreter.handles import Handle, following, lanes_of, origins, poisoned, remember, spread
 from triton_attn.testing.interpreter.memory import Access, Memory
 
-Handle = Any  # plain.TensorHandle; Triton has no types
 _least_dot = nvidia.min_dot_size(GPUTarget("cuda", 80, 32))
 
 
@@ -54,59 +56,45 @@ def _on_bfloat16(name: str) -> Callable[..., Handle]:
     return computed
 
 
-def _keeping_origins(name: str) -> Callable[..., Handle]:
-    """The plain operation; pointers in its result remember which arguments they came from."""
-    operation = getattr(plain.InterpreterBuilder, name)
-
-    def computed(self: Any, *handles: Any) -> Handle:
-        result = operation(self, *handles)
-        remember(result, origins(handles))
-        return result
-
-    return computed
-
-
-def origins(handles: Iterable[Any]) -> tuple[str, ...]:
-    """Names of the tensor arguments behind some pointers."""
-    found = [getattr(handle, "attr", {}).get("origins", ()) for handle in handles]
-    return tuple(dict.fromkeys(name for names in found for name in names))
-
-
-def remember(handle: Handle, names: tuple[str, ...]) -> None:
-    if names:
-        for each in handle if isinstance(handle, tuple) else (handle,):
-            each.attr["origins"] = names
-
-
 class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     """Takes the place of Triton's own while strictness is on; `memory` and `program` are the launch's."""
 
     memory: Memory | None = None
     program: int = 0
-    tf32 = poison = True
+    tf32 = poison = overflow = True
+    multiplied_in_tf32 = False
 
     # pointers know where they come from
 
-    create_addptr = _keeping_origins("create_addptr")
-    create_bitcast = create_int_to_ptr = create_ptr_to_int = _keeping_origins("create_bitcast")
-    create_broadcast = _keeping_origins("create_broadcast")
-    create_cat = _keeping_origins("create_cat")
-    create_expand_dims = _keeping_origins("create_expand_dims")
-    create_gather = _keeping_origins("create_gather")
-    create_join = _keeping_origins("create_join")
-    create_reshape = _keeping_origins("create_reshape")
-    create_split = _keeping_origins("create_split")
-    create_trans = _keeping_origins("create_trans")
-    create_unsplat = _keeping_origins("create_unsplat")
+    create_addptr = following("create_addptr")
+    create_bitcast = create_int_to_ptr = create_ptr_to_int = following("create_bitcast")
+    create_broadcast = following("create_broadcast")
+    create_cat = following("create_cat")
+    create_expand_dims = following("create_expand_dims")
+    _gather = following("create_gather")
+    create_join = following("create_join")
+    create_reshape = following("create_reshape")
+    create_split = following("create_split")
+    create_trans = following("create_trans")
+    create_unsplat = following("create_unsplat")
+
+    def create_gather(self, src: Handle, indices: Handle, axis: int) -> Handle:
+        found, size = indices.data, src.data.shape[axis]
+        wrong = found[(found < 0) | (found >= size)]
+        if wrong.size:
+            raise OutOfBounds(f"tl.gather of {wrong.flat[0]} along an axis of {size}", index=int(wrong.flat[0]))
+        return self._gather(src, indices, axis)
 
     def create_splat(self, ret_ty: Any, arg: Handle) -> Handle:
         result = super().create_splat(ret_ty, arg)
         remember(result, origins((arg,)))
-        return result
+        return spread(result, arg)
 
     def create_select(self, cond: Handle, lhs: Handle, rhs: Handle) -> Handle:
         result = super().ternary_op(cond, lhs, rhs, np.where)  # bits are chosen, whatever they mean
         remember(result, origins((lhs, rhs)))
+        if poisoned(lhs) is not None or poisoned(rhs) is not None:
+            result.attr["poisoned"] = np.where(cond.data, lanes_of(lhs).data, lanes_of(rhs).data)
         return result
 
     # memory
@@ -125,6 +113,10 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
             element = ptrs.get_element_ty()
             data = formats.poison(plain._get_np_dtype(element), ptrs.data.shape, element == tl.bfloat16)
             other = plain.TensorHandle(data, element)
+            result = super().create_masked_load(ptrs, mask, other, *cache, **named)
+            if data.dtype.kind in "iu" and element.is_int():
+                result.attr["poisoned"] = ~np.broadcast_to(np.asarray(mask.data), data.shape)
+            return result
         return super().create_masked_load(ptrs, mask, other, *cache, **named)
 
     def create_masked_store(self, ptrs: Handle, value: Handle, mask: Any, *cache: Any) -> Any:
@@ -138,6 +130,14 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     def create_atomic_store(self, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any) -> Any:
         self._touch("atomic", ptr, mask)
         return super().create_masked_store(ptr, val, mask, None)
+
+    def create_atomic_poll(self, ptr: Handle, *rest: Any) -> Handle:
+        self._touch("atomic", ptr, None)
+        memory, self.memory = self.memory, None  # it waits by plain loads
+        try:
+            return super().create_atomic_poll(ptr, *rest)
+        finally:
+            self.memory = memory
 
     def create_atomic_cas(self, ptr: Handle, cmp: Handle, val: Handle, sem: Any, scope: Any) -> Handle:
         self._touch("atomic", ptr, None)
@@ -186,6 +186,33 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
         descriptor.materialize_pointers = materialize_pointers
         return descriptor
 
+    def create_descriptor_load(self, desc: Any, indices: Any, *cache: Any) -> Handle:
+        result = super().create_descriptor_load(desc, indices, *cache)
+        if is_bfloat16(result) and desc.padding == plain._ir.PADDING_OPTION.PAD_NAN:
+            _, there = desc.materialize_pointers(indices)
+            result.data = np.where(there.data, result.data, np.uint16(formats.BFLOAT16_NAN))
+        return result
+
+    # Triton 3.6 has block pointers still
+
+    def create_make_block_ptr(self, base: Handle, *rest: Any) -> Any:
+        return self._located(super().create_make_block_ptr(base, *rest))
+
+    def create_advance(self, ptr: Any, offsets: Any) -> Any:
+        return self._located(super().create_advance(ptr, offsets))
+
+    @staticmethod
+    def _located(block: Any) -> Any:
+        located = block.materialize_pointers
+
+        def materialize_pointers(boundary_check: Any) -> Any:
+            pointers, mask = located(boundary_check)
+            remember(pointers, origins((block.base,)))
+            return pointers, mask
+
+        block.materialize_pointers = materialize_pointers
+        return block
+
     # promises
 
     def create_assert(self, condition: Handle, message: str) -> None:
@@ -206,11 +233,16 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     unary_op = _on_bfloat16("unary_op")
 
     def binary_op(self, lhs: Handle, rhs: Handle, op: Any) -> Handle:
+        if lhs.dtype.scalar.is_fp8():
+            raise TypeError(f"arithmetic in {lhs.dtype.scalar}, which the compiler refuses: cast to float32 first")
         if not is_bfloat16(lhs):
-            return super().binary_op(lhs, rhs, op)
+            return spread(super().binary_op(lhs, rhs, op), lhs, rhs)
         return narrowed(super().binary_op(widened(lhs), widened(rhs), op))
 
     def cast_impl(self, src: Handle, dst_type: Any) -> Handle:
+        return spread(self._cast(src, dst_type), src)
+
+    def _cast(self, src: Handle, dst_type: Any) -> Handle:
         source, target = src.dtype.scalar, dst_type.scalar
         if source == target:
             return super().cast_impl(src, dst_type)
@@ -221,8 +253,12 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     def create_fp_to_fp(self, src: Handle, dst_type: Any, rounding_mode: Any) -> Handle:
         nearest = rounding_mode is None or rounding_mode == plain._ir.ROUNDING_MODE.RTNE
         source, target = src.dtype.scalar, dst_type.scalar
-        eight_bits = 8 in (source.primitive_bitwidth, target.primitive_bitwidth)
-        if tl.bfloat16 in (source, target) and nearest and not eight_bits:
+        if source.name in formats.FLOAT8:
+            return self.cast_impl(plain.TensorHandle(formats.widen_float8(src.data, source.name), tl.float32), dst_type)
+        if target.name in formats.FLOAT8 and nearest:
+            wide = widened(src).data
+            return plain.TensorHandle(formats.narrow_float8(wide, target.name), target)
+        if tl.bfloat16 in (source, target) and nearest:
             return self.cast_impl(src, dst_type)
         if (source, target) == (tl.float32, tl.bfloat16):
             return plain.TensorHandle(formats.narrow(src.data, nearest=False), tl.bfloat16)
@@ -238,6 +274,7 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
             wanted = "M {}, N {}, K {}".format(*least)
             raise SmallDot(f"tl.dot of {m} x {k} and {k} x {n} in {a.dtype}: the compiler wants at least {wanted}")
         if self.tf32 and a.dtype.scalar == tl.float32 and input_precision == plain._ir.INPUT_PRECISION.TF32:
+            self.multiplied_in_tf32 = True
             a, b = (plain.TensorHandle(formats.tf32(x.data), tl.float32) for x in (a, b))
         result = super().create_dot(widened(a), widened(b), widened(d), input_precision, max_num_imprecise_acc)
         return narrowed(result) if is_bfloat16(d) else result
@@ -250,7 +287,20 @@ def check_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Callable[..., A
         return
     compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
     exact = compute(lhs.handle.data, rhs.handle.data, dtype=np.int64)
+    for handle in (lhs.handle, rhs.handle):
+        if (lanes := poisoned(handle)) is not None:
+            exact = np.where(lanes, 0, exact)
+    require_fit(
+        exact,
+        kind,
+        f"{operation.__name__} gives",
+        f"; a wrap that is meant is `tl.{operation.__name__}(..., sanitize_overflow=False)`",
+    )
+
+
+def require_fit(exact: NDArray[np.int64], kind: Any, gives: str, hint: str = "") -> None:
+    """IntegerOverflow unless integers computed in 64 bits fit their type."""
     low, high = kind.get_int_min_value(), kind.get_int_max_value()
     if exact.size and (exact.min() < low or exact.max() > high):
         worst = exact.max() if exact.max() > high else exact.min()
-        raise IntegerOverflow(f"{kind} overflow: {operation.__name__} gives {worst}, outside {low}..{high}")
+        raise IntegerOverflow(f"{kind} overflow: {gives} {worst}, outside {low}..{high}{hint}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,13 +14,15 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from torch import Tensor
+from triton.backends.nvidia import compiler as nvidia
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as plain
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
 from triton_attn import device
 from triton_attn.testing.interpreter.builder import StrictBuilder, check_overflow
-from triton_attn.testing.interpreter.faults import FalsePromise
+from triton_attn.testing.interpreter.faults import FalsePromise, StrictnessError
 from triton_attn.testing.interpreter.memory import Bounds
 from triton_attn.testing.interpreter.programs import StrictExecutor, one_launch
 from triton_attn.testing.interpreter.reductions import StrictReduceOps, StrictScanOps
@@ -37,6 +42,7 @@ class Settings:
 
 
 _nested: list[Settings] = []
+_rewritten: dict[Any, Any] = {}
 _restoring = ExitStack()
 
 
@@ -59,7 +65,7 @@ def strict(settings: Settings) -> Iterator[None]:
 
 def _apply(settings: Settings) -> None:
     builder = plain.interpreter_builder
-    builder.poison, builder.tf32 = settings.poison, settings.tf32
+    builder.poison, builder.tf32, builder.overflow = settings.poison, settings.tf32, settings.overflow
     StrictExecutor.bounds, StrictExecutor.races = settings.bounds, settings.races
     StrictExecutor.order, StrictExecutor.reachable = settings.order, settings.reachable
     TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow if settings.overflow else _unchecked
@@ -77,7 +83,8 @@ def _install() -> None:
     _restoring.callback(vars(builder).clear)
     # language functions that an earlier, plain launch left patched hold this very builder: it becomes a strict one where it stands
     _exchange(builder, "__class__", StrictBuilder)
-    _exchange(builder, "options", replace(builder.options, debug=True))
+    precisions = nvidia.CUDAOptions.allowed_dot_input_precisions
+    _exchange(builder, "options", replace(builder.options, debug=True, allowed_dot_input_precisions=precisions))
     _exchange(plain, "InterpreterBuilder", StrictBuilder)
     _exchange(plain, "GridExecutor", StrictExecutor)
     _exchange(plain, "ReduceOps", StrictReduceOps)
@@ -92,6 +99,13 @@ def _install() -> None:
     _restoring.callback(scope.restore)
     for module in (tl, tl.core):
         _exchange(module, "multiple_of", _multiple_of)
+        _exchange(module, "range", counted)
+    # kernels rewritten for loops of tensors, beside those that plain interpretation has rewritten
+    _exchange(plain.FunctionRewriter, "ast_transformer", _Counting())
+    _exchange(plain.InterpretedFunction, "rewritten_fn", _rewritten)
+    _exchange(JITFunction, "run", _refused)
+    plain.interpreter_semantic.counted = counted
+    _restoring.callback(delattr, plain.interpreter_semantic, "counted")
 
 
 def _unchecked(semantic: Any, lhs: Any, rhs: Any, operation: Any) -> None:
@@ -103,9 +117,14 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         return
     with one_launch:
         function = _prepared(self)
+        executor = plain.GridExecutor(function, self.arg_names, grid, self.pre_run_hooks)
+        plain.interpreter_builder.multiplied_in_tf32 = False
         for settings in _nested:
             settings.record.launches += 1
-        plain.GridExecutor(function, self.arg_names, grid, self.pre_run_hooks)(*args, **kwargs)
+        executor(*args, **kwargs)
+        for settings in _nested:
+            settings.record.programs = max(settings.record.programs, executor.programs)
+            settings.record.tf32 |= plain.interpreter_builder.multiplied_in_tf32
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,19 +151,59 @@ def _interpreted(builtin: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: builtin(*args, **{**kwargs, "_semantic": plain.interpreter_semantic})
 
 
+def _refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise StrictnessError(f"{self.__name__} was compiled, not interpreted: set TRITON_INTERPRET=1 before the kernel's module is imported")
+
+
+class _Counting(plain.ASTTransformer):  # type: ignore[misc]
+    """Python's own range counts in integers without end, in place of a tensor that overflows, divides as C does, and has `.to`."""
+
+    def visit_For(self, node: ast.For) -> Any:
+        found = self.generic_visit(node)
+        called = node.iter
+        if isinstance(called, ast.Call) and isinstance(called.func, ast.Name) and called.func.id == "range":
+            counted = ast.Attribute(ast.Name("interpreter_semantic", ast.Load()), "counted", ast.Load())
+            called.func = ast.copy_location(counted, called.func)
+        return found
+
+
+def counted(first: Any, second: Any = None, step: Any = 1, **hints: Any) -> Iterator[Any]:
+    """The values of a loop as the compiler has them: scalars of the type that its bounds have in common."""
+    bounds = [first if second is not None else 0, first if second is None else second, step]
+    start, stop, by = (operator.index(getattr(bound, "value", bound)) for bound in bounds)
+    kinds = [
+        bound.dtype if isinstance(bound, tl.tensor) else tl.int32 if -(2**31) <= x < 2**31 else tl.int64
+        for bound, x in zip(bounds, (start, stop, by), strict=True)
+    ]
+    kind = functools.reduce(plain.interpreter_semantic.integer_promote_impl, kinds)
+    for i in range(start, stop, by):
+        yield tl.tensor(plain.TensorHandle(np.array([i], plain._get_np_dtype(kind)), kind), kind)
+
+
 def _first_configuration(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Autotuning without a GPU: nothing can be timed, so the first configuration serves."""
+    """Autotuning without a GPU: nothing can be timed, so the first configuration serves that its pruning leaves."""
 
     def run_first(self: Any, *args: Any, **kwargs: Any) -> Any:
         with one_launch:
             every = self.configs
-            self.configs = every[:1]
+            self.configs = _left(self, args, kwargs)[:1]
             try:
                 return run(self, *args, **kwargs)
             finally:
                 self.configs = every
 
     return run_first
+
+
+def _left(tuner: Any, args: Any, kwargs: Any) -> Sequence[Any]:
+    """The configurations that the tuner's own pruning leaves for this call."""
+    if not tuner.early_config_prune or len(tuner.configs) < 2:
+        return tuner.configs  # type: ignore[no-any-return]
+    try:
+        left = tuner.early_config_prune(tuner.configs, dict(zip(tuner.arg_names, args, strict=False)), **kwargs)
+    except (RuntimeError, AssertionError):  # it asks a GPU that is not there
+        left = ()
+    return left or tuner.configs  # type: ignore[no-any-return]
 
 
 def _multiple_of(input: Any, values: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
+import math
 import operator
 import random
 import threading
@@ -12,14 +14,18 @@ from typing import Any
 
 import numpy as np
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.backends.amd import compiler as amd
+from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import interpreter as plain
 
-from triton_attn.testing.interpreter.builder import remember
 from triton_attn.testing.interpreter.faults import InvalidGrid, KernelFault
+from triton_attn.testing.interpreter.handles import remember
 from triton_attn.testing.interpreter.memory import Bounds, Memory, tensors_in
 
 HIGHEST = (2**31 - 1, 65535, 65535)
+LAUNCH_OPTIONS = {field.name for options in (nvidia.CUDAOptions, amd.HIPOptions) for field in dataclasses.fields(options)}
 one_launch = threading.RLock()  # the interpreter's state is global
 
 
@@ -30,9 +36,13 @@ class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
     races = True
     order: int | None = None
     reachable: Sequence[Tensor] = ()
+    programs = 0  # of the launch
 
     def __call__(self, *args_dev: Any, **kwargs: Any) -> None:
         names = inspect.signature(self.fn).parameters
+        unknown = [name for name in kwargs if name not in names and name not in LAUNCH_OPTIONS]
+        if unknown:
+            raise KeyError(f"{self.fn.__name__} has no argument {unknown[0]!r}, nor has Triton such a launch option")  # Triton's own class
         kwargs = {name: value for name, value in kwargs.items() if name in names}
         tensors = [tensor for value in (*args_dev, *kwargs.values()) for tensor in tensors_in("", value).values()]
         elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)  # else copying would touch far storages whole
@@ -53,12 +63,13 @@ class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
             if name in self.constexprs:
                 arguments[name] = value
                 continue
-            arguments[name] = plain._implicit_cvt(value)
+            arguments[name] = _passed(value)
             tensors.update(tensors_in(name, value))
             _name(name, arguments[name])
         program = None
         try:
             grid = _checked(self.grid(arguments) if callable(self.grid) else self.grid)
+            self.programs = math.prod(grid)
             builder.memory = Memory(tensors, self.reachable, self.bounds, self.races)
             builder.set_grid_dim(*grid)
             for number, program in _ordered(grid, self.order):
@@ -70,6 +81,17 @@ class StrictExecutor(plain.GridExecutor):  # type: ignore[misc]
             raise
         finally:
             builder.memory = None
+
+
+def _passed(value: Any) -> Any:
+    """An argument as the compiler sees it. Triton's own leaves a float as Python's, and wraps integers from 2**31 on."""
+    if isinstance(value, tuple):
+        return plain._tuple_create(value, map(_passed, value))
+    if isinstance(value, float):
+        return tl.tensor(plain.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
+    if isinstance(value, int) and 2**31 <= value < 2**63:
+        return tl.tensor(plain.TensorHandle(np.array([value], np.int64), tl.int64), tl.int64)
+    return plain._implicit_cvt(value)
 
 
 def _name(name: str, argument: Any) -> None:

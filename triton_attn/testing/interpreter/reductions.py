@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter as plain
 
-from triton_attn.testing.interpreter.builder import narrowed, widened
+from triton_attn.testing.interpreter.builder import narrowed, require_fit, widened
+from triton_attn.testing.interpreter.handles import poisoned
 
 Block = Any  # tl.tensor
 
@@ -38,6 +39,10 @@ class _Strict:
 
 
 class StrictReduceOps(_Strict, plain.ReduceOps):  # type: ignore[misc]
+    def sum(self, input: Block) -> Block:
+        _fits(input, np.sum, axis=self.axis)
+        return super().sum(input)
+
     def unravel(self, input: Sequence[Block], axis: int | None) -> tuple[Sequence[Block], int]:
         """Triton's own flattens only the first of several inputs."""
         if axis is not None:
@@ -56,7 +61,18 @@ class StrictReduceOps(_Strict, plain.ReduceOps):  # type: ignore[misc]
         return [self.to_tensor(x if x.ndim else x.item(), block.dtype) for x, block in zip(total, blocks, strict=True)]
 
 
+def _fits(input: Block, total: Callable[..., Any], **how: Any) -> None:
+    """IntegerOverflow where a sum does not fit the type that it is summed in."""
+    kind = input.dtype.scalar
+    if plain.interpreter_builder.overflow and kind.is_int() and 8 <= kind.int_bitwidth < 64 and poisoned(input.handle) is None:
+        require_fit(np.asarray(total(input.handle.data, dtype=np.int64, **how)), kind, "a sum gives")
+
+
 class StrictScanOps(_Strict, plain.ScanOps):  # type: ignore[misc]
+    def cumsum(self, input: Block) -> list[Block]:
+        _fits(input, np.cumsum, axis=self.axis)
+        return super().cumsum(input)  # type: ignore[no-any-return]
+
     def generic_scan(self, input: Sequence[Block]) -> list[Block]:
         slices = [np.moveaxis(block.handle.data, self.axis, 0) for block in input]
         running = [x[0] for x in slices]

@@ -20,9 +20,11 @@ KNOWN = ("3.6", "3.9")
 
 @dataclass
 class Record:
-    """What ran inside a block: how many launches, and the `@triton.jit` functions, kernels and device functions alike."""
+    """What ran inside a block: launches, the most programs of one, the `@triton.jit` functions, kernels and device functions alike."""
 
     launches: int = 0
+    programs: int = 0
+    tf32: bool = False  # a `tl.dot` multiplied float32 in tf32
     functions: dict[str, Any] = field(default_factory=dict)  # "module.function" -> the jit function
 
 
@@ -42,7 +44,8 @@ def strict_interpreter(
     A fault raises a subclass of `KernelFault` that names kernel, source line, program, tensor argument and index. Always on: right
     bfloat16 (round to nearest even, products in float32), live `tl.device_assert`, `tl.assume` and `tl.multiple_of`, alignment,
     CUDA's grid limits, the compiler's least `tl.dot`, two lanes of one store at one address (with `races`), and scans and reductions
-    on whole slices. An autotuned kernel runs with its first configuration, as there is nothing to time.
+    on whole slices; arguments and loop variables of the types that the compiler gives them. An autotuned kernel runs with the first
+    configuration that its pruning leaves, as there is nothing to time.
 
     Args:
         bounds: "view": a pointer may touch only the elements of the tensor argument it came from, holes between rows excluded;
