@@ -132,6 +132,31 @@ def test_a_mask_that_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
         visa(root, "test")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"flower,test,anomaly\n", "has no image, mask in line 2; allowed: 5 fields"),
+        (b"flower,test,defect,a,b\n", "has label 'defect' in line 2; allowed: 'normal', 'anomaly'"),
+        (b"flower,test,normal,\xff,\n", "is no table in UTF-8 that can be read (UnicodeDecodeError"),
+        (b"flower,test,normal," + b"x" * 140_000 + b",\n", "is no table in UTF-8 that can be read (Error: field larger"),
+    ],
+    ids=["short", "label", "bytes", "long"],
+)
+def test_a_table_that_says_nothing_right_is_named(content: bytes, said: str, folder: Path, tmp_path: Path) -> None:
+    root = as_visa(folder, tmp_path / "visa")
+    table = root / "split_csv" / "1cls.csv"
+    table.write_bytes(b"object,split,label,image,mask\n" + content)
+    with pytest.raises(ArgumentError, match=re.escape(f"data {table} {said}")):
+        visa(root, "test")
+
+
+def test_an_image_too_large_to_be_honest_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = mvtec(folder)[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE)
+    with pytest.raises(ArgumentError, match=re.escape(f"{sample.image} is no image that can be read (DecompressionBombError")):
+        LOADER.load([sample])
+
+
 def broken(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
 

@@ -114,6 +114,7 @@ def test_checkpoints_are_the_original_s_and_the_original_s_load(data: Path, tmp_
     for extra in ("settings", "random", "losses"):  # what the original does not write
         del text[extra]
     torch.save(text, tmp_path / FILES["text"])
+    (tmp_path / FILES["image"]).unlink()
     again = training.train(replace(settings, text_epochs=2), tmp_path, resume=True)
     assert len(again.losses["text"]) == 1
     assert again.model.text_adapter[0].fc[0].weight.ne(run.model.text_adapter[0].fc[0].weight).any()  # type: ignore[index,union-attr]
@@ -129,6 +130,8 @@ def test_both_stages_learn_and_the_clip_stays_as_it_was(data: Path, tmp_path: Pa
     for values in run.losses.values():
         assert values[-1] < 0.9 * values[0]
     assert run.model.expects_context
+    with pytest.warns(UserWarning, match="trained beside an image's context"):
+        run.model.encode_text(run.tokens["flower"][0])
     assert run.score().pixel_auroc > training.build(settings).score().pixel_auroc
 
 

@@ -55,8 +55,7 @@ RESIDUALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize(("residual", "learnable"), [*((name, False) for name in RESIDUALS), ("norm_matched", True), ("scaled", True)])
 def test_it_is_its_definition(residual: str, learnable: bool) -> None:
     module = make(residual=None if residual == "None" else residual, learnable_weight=learnable)
     x, context, hidden = text().requires_grad_(), image().requires_grad_(), torch.zeros(2, M, dtype=torch.bool)
@@ -96,6 +95,35 @@ def test_weights_of_chosen_tokens_are_exact() -> None:
     found = module.attention_weights(x, context, tokens=slice(2, 4))
     query, key = (y.view(2, -1, HEADS, DIM // HEADS).transpose(1, 2) for y in (module.q_proj(x), module.k_proj(context)))
     close(found, (query @ key.mT / 2).softmax(-1)[:, :, 2:4])
+
+
+def test_weights_of_a_masked_call_are_those_of_that_call() -> None:
+    module, x, context, hidden = make(residual=None), text(), image(), torch.zeros(2, M, dtype=torch.bool)
+    hidden[0, 5:], hidden[1] = True, True
+    weights = module.attention_weights(x, context, context_key_padding_mask=hidden)
+    assert (weights[0, :, :, 5:] == 0).all()
+    assert (weights[1] == 0).all()
+    value = module.v_proj(context).view(2, M, HEADS, -1).transpose(1, 2)
+    cross = module.out_proj((weights @ value).transpose(1, 2).flatten(2))
+    close(module(x, context, context_key_padding_mask=hidden)[0], cross[0])
+    for token in (3, -1):
+        close(module.attention_weights(x, context, token), module.attention_weights(x, context)[:, :, [token]])
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_text_beside_a_context_of_which_nothing_is_left_comes_out_as_it_went_in(residual: str) -> None:
+    module = make(residual=None if residual == "None" else residual)
+    nn.init.ones_(module.out_proj.bias)
+    x, context, hidden = text(2, 3, T).requires_grad_(), image(), torch.zeros(2, M, dtype=torch.bool)
+    hidden[1] = True
+    expected = torch.zeros_like(x) if residual == "None" else x
+    out = module(x, context, context_key_padding_mask=hidden)
+    assert torch.equal(out[1], expected[1])
+    close(out[0], module(x[:1], context[:1])[0])
+    out.sum().backward()
+    assert all(y.grad is not None and y.grad.isfinite().all() for y in (x, *module.parameters()))
+    assert torch.equal(module(x, context[:, :0]), expected)
+    assert torch.equal(module(x[0], context[:1], context_key_padding_mask=hidden[1:]), expected[0])  # one image for all
 
 
 def test_text_becomes_aware_of_the_image() -> None:
@@ -205,8 +233,18 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "context mask": (
         lambda: make()(text(), image(), None, torch.zeros(2, 3, dtype=torch.bool)),
-        "context_key_padding_mask has shape (2, 3)",
+        "context_key_padding_mask is torch.bool of shape (2, 3)",
     ),
+    "debug": (lambda: make()(text(), image(), False), "text_key_padding_mask is False, a bool; allowed: bool, (2, 7), or None"),
+    "list": (lambda: make()(text(), image(), None, [[True]]), "context_key_padding_mask is [[True]], a list"),
+    "dtype": (lambda: make()(text(), image().float()), "image_context has dtype torch.float32; allowed: torch.float64"),
+    "text dtype": (lambda: make()(text().float(), image()), "text_features has dtype torch.float32; allowed: torch.float64"),
+    "tokens": (lambda: make().attention_weights(text(), image(), T), "tokens is 7; allowed: a whole number, -7 to 6"),
+    "token": (lambda: make().attention_weights(text(), image(), "3"), "tokens is a str; allowed: an index or a slice"),
+    "image_dim": (lambda: ImageCrossAttentionModule(0, 12), "image_dim is 0"),
+    "text_dim": (lambda: ImageCrossAttentionModule(12, 1.5), "text_dim is 1.5"),  # type: ignore[arg-type]
+    "learned add": (lambda: make(residual="add", learnable_weight=True), "learnable_weight is True with residual='add'"),
+    "learned None": (lambda: make(residual=None, learnable_weight=True), "learnable_weight is True with residual=None"),
 }
 
 

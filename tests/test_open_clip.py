@@ -148,3 +148,27 @@ def test_its_models_and_tokenizers_are_a_source_for_training() -> None:
     assert [level.shape for level in levels] == [(2, 4, 512)] * 4
     with pytest.raises(ArgumentError, match="which open_clip cannot load"):
         sources.load("open_clip:ViT-Nothing")
+
+
+VISION = {"layers": 2, "width": 24, "head_width": 8, "patch_size": 8, "image_size": 32}
+WORDS = {"context_length": 9, "vocab_size": 32, "width": 16, "heads": 2, "layers": 3}
+
+
+def test_a_text_tower_that_is_not_causal_keeps_what_follows_the_end() -> None:
+    torch.manual_seed(0)
+    clip = open_clip.model.CLIP(16, VISION, {**WORDS, "no_causal_mask": True}).double().eval()
+    words = torch.randint(1, 30, (2, 9))
+    words[:, 5], words[:, 6:] = 31, 0
+    with torch.no_grad():
+        meant = clip.encode_text(words)
+    model: Any = AdaptedCLIPWithCrossAttention(clip, 0.0, 0.0, 2, 2, (2,), cross_attn_heads=2).eval()
+    model.text_adapter[-1].fc = torch.nn.Identity()
+    torch.testing.assert_close(model.encode_text(words) @ clip.text_projection, meant)
+
+
+@pytest.mark.parametrize("option", ["scale_attn", "scale_heads", "scale_attn_inner"])
+def test_blocks_that_attend_in_a_way_of_their_own_are_named(option: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"clip_model has blocks with {option}; allowed"):
+        AdaptedCLIPWithCrossAttention(open_clip.model.CLIP(16, {**VISION, option: True}, WORDS), levels=(2,))
+    kept = open_clip.model.CLIP(16, {**VISION, "block_type": "custom"}, {**WORDS, option: True})  # text runs its blocks as they are
+    AdaptedCLIPWithCrossAttention(kept, 0.1, 0.1, 2, 2, (2,), cross_attn_heads=2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,11 @@ class ArgumentError(ValueError):
     def __init__(self, function: str, argument: str, complaint: str) -> None:
         super().__init__(f"{function}: {argument} {complaint}")
         self.argument = argument
+        self._parts = (function, argument, complaint)
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, str]]:
+        # an exception is rebuilt of its message alone; worker processes send theirs
+        return type(self), self._parts
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
@@ -147,7 +154,7 @@ def at_least(who: Named, argument: str, what: str, size: int, low: int) -> None:
 
 def probability(who: Named, argument: str, given: float) -> float:
     """A number in [0, 1]; NaN is none."""
-    _require_number(who, argument, given, "0 to 1")
+    given = _number(who, argument, given, "0 to 1")
     if not 0.0 <= given <= 1.0:
         raise ArgumentError(who.name, argument, f"is {given}; allowed: 0 to 1")
     return float(given)
@@ -155,7 +162,7 @@ def probability(who: Named, argument: str, given: float) -> float:
 
 def finite(who: Named, argument: str, given: float) -> float:
     """A number that is neither infinite nor NaN."""
-    _require_number(who, argument, given, "a finite number")
+    given = _number(who, argument, given, "a finite number")
     if not given - given == 0.0:  # NaN for what is not finite; Dynamo takes no math.isfinite of a float that varies
         raise ArgumentError(who.name, argument, f"is {given}; allowed: a finite number")
     return float(given)
@@ -263,9 +270,23 @@ def _is_cast(given: Input) -> bool:
     return given.kind == "values" and given.dtype == "like inputs"
 
 
-def _require_number(who: Named, argument: str, given: object, allowed: str) -> None:
-    if not isinstance(given, (int, float, torch.SymInt, torch.SymFloat)):
-        raise ArgumentTypeError(who.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
+def causal_bias(given: object) -> bool:
+    """Whether this is a torch.nn.attention.bias.CausalBias: a tensor whose numbers nobody ever wrote, only its attributes count."""
+    module = sys.modules.get("torch.nn.attention.bias")  # importing it takes Dynamo along; who has a bias has imported it
+    return module is not None and isinstance(given, module.CausalBias)
+
+
+def _number(who: Named, argument: str, given: Any, allowed: str) -> float:
+    """A number, NumPy's too, or a tensor of no dimension, as torch takes them: one that varies in a graph or needs a gradient is none."""
+    if isinstance(given, (int, float, torch.SymInt, torch.SymFloat)):
+        return given  # type: ignore[return-value]
+    if type(given) in (torch.Tensor, torch.nn.Parameter):
+        known = not (given.requires_grad or given.is_complex() or given.is_meta or torch.compiler.is_compiling())
+        if given.ndim == 0 and known:
+            return given.item()  # type: ignore[no-any-return]
+    elif isinstance(given, Real):
+        return float(given)
+    raise ArgumentTypeError(who.name, argument, f"is {given!r}, a {type(given).__name__}; allowed: {allowed}")
 
 
 def _require_dense(function: str, name: str, tensor: object) -> None:
@@ -273,6 +294,8 @@ def _require_dense(function: str, name: str, tensor: object) -> None:
         return
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentTypeError(function, name, f"is a {type(tensor).__name__}; allowed: torch.Tensor")
+    if causal_bias(tensor):
+        raise ArgumentTypeError(function, name, "is a CausalBias, which holds no numbers; allowed: a tensor that does")
     if tensor.is_nested:
         raise ArgumentTypeError(function, name, "is a nested tensor; allowed: dense, for example tensor.to_padded_tensor(0.0)")
     if hasattr(tensor, "to_local"):

@@ -52,7 +52,7 @@ def train_clip_adapter(
         chosen = settings.read(config, flags)
         run = _with_progress(chosen, output_dir, resume)
         if chosen.test_data:
-            _print_scores(run, chosen.test_data)
+            _print_scores(run)
     except (ArgumentError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     except training.TrainingStopped as error:
@@ -83,9 +83,6 @@ def _with_progress(chosen: Settings, output_dir: Path, resume: bool) -> Run:
         return training.train(chosen, output_dir, resume=resume, report=line, tick=tick)
 
 
-def _print_scores(run: Run, root: str) -> None:
-    from triton_attn.clip import training
-
-    samples = training.samples_of(run.settings, root)
-    scores = run.score(samples)
-    print(f"{root}: {len(samples)} images, pixel AUROC {scores.pixel_auroc:.4f}, image AUROC {scores.image_auroc:.4f}")
+def _print_scores(run: Run) -> None:
+    scores = run.score(run.tests)
+    print(f"{run.settings.test_data}: {len(run.tests)} images, pixel AUROC {scores.pixel_auroc:.4f}, image AUROC {scores.image_auroc:.4f}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_attn import ArgumentError
 from triton_attn.clip.folders import Batch, Loader, Sample
 from triton_attn.clip.losses import TEMPERATURE, similarity_map
-from triton_attn.clip.prompts import States, embeddings
+from triton_attn.clip.prompts import States, check_classes, embeddings
 from triton_attn.models import AdaptedCLIPWithCrossAttention
 
 NAME = "train-clip-adapter"
@@ -64,6 +64,7 @@ def set_text(
     model: AdaptedCLIPWithCrossAttention, tokens: Mapping[str, States], class_names: Sequence[str], context: Tensor | None
 ) -> None:
     """Set what images attend to: all sentences of each image's class after block 0, (B, P T, width)."""
+    check_classes(tokens, class_names)
     rows = torch.stack([torch.cat(tokens[name]) for name in class_names])
     if context is not None:
         model.set_image_context(context.mean(0, keepdim=True) if model.context_reduce == "mean" else context)
@@ -75,6 +76,19 @@ def batches(samples: Sequence[Sample], loader: Loader, size: int, device: torch.
     """In order."""
     for start in range(0, len(samples), size):
         yield loader.load(samples[start : start + size]).to(device)
+
+
+def area_under_curve() -> Any:
+    """scikit-learn's function.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("scores come from scikit-learn: pip install 'triton-attn[examples]'") from None
+    return roc_auc_score
 
 
 def evaluate(
@@ -90,13 +104,12 @@ def evaluate(
     """Both scores over all pixels and images of the samples.
 
     Raises:
-        ArgumentError: no pixel is damaged, or all are.
+        ArgumentError: there is no image, or no pixel is damaged, or all are.
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("scores come from scikit-learn: pip install 'triton-attn[examples]'") from None
+    roc_auc_score = area_under_curve()
+    if not samples:
+        raise ArgumentError(NAME, "data", "has no images; allowed: whole and damaged ones")
     model.eval()
     device = next(model.parameters()).device
     found: list[tuple[Any, ...]] = []

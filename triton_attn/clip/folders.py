@@ -116,11 +116,22 @@ def _listed(root: Path, split: str, classes: set[str]) -> list[Sample]:
     table, columns = root / "split_csv" / "1cls.csv", {"object", "split", "label", "image", "mask"}
     if not table.is_file():
         raise _fail(table, f"is missing, which split={split!r} needs; allowed: split='all'")
-    with table.open(newline="") as opened:
-        rows = csv.DictReader(opened)
-        if not columns <= set(rows.fieldnames or ()):
-            raise _fail(table, f"has columns {rows.fieldnames}; allowed: {', '.join(sorted(columns))}")
-        chosen = [row for row in rows if row["object"] in classes and row["split"] == split]
+    chosen: list[dict[str, str]] = []
+    try:
+        with table.open(newline="", encoding="utf-8") as opened:
+            rows = csv.DictReader(opened)
+            if not columns <= set(rows.fieldnames or ()):
+                raise _fail(table, f"has columns {rows.fieldnames}; allowed: {', '.join(sorted(columns))}")
+            for row in rows:
+                lacking = sorted(name for name in columns if row[name] is None)
+                if lacking:
+                    raise _fail(table, f"has no {', '.join(lacking)} in line {rows.line_num}; allowed: {len(columns)} fields")
+                if row["label"] not in ("normal", "anomaly"):
+                    raise _fail(table, f"has label {row['label'][:40]!r} in line {rows.line_num}; allowed: 'normal', 'anomaly'")
+                if row["object"] in classes and row["split"] == split:
+                    chosen.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _fail(table, f"is no table in UTF-8 that can be read ({type(error).__name__}: {error})") from error
     found: list[Sample] = []
     for row in chosen:
         bad = row["label"] == "anomaly"
@@ -195,5 +206,5 @@ class Loader:
                 return numpy.array(resized), opened.size
         except FileNotFoundError:
             raise _fail(path, "is missing") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise _fail(path, f"is no image that can be read ({type(error).__name__}: {error})") from error

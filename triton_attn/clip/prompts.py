@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from triton_attn import ArgumentError
 from triton_attn.models import AdaptedCLIPWithCrossAttention
 
 NORMAL = ("{}", "a {}", "the {}")
@@ -35,6 +36,18 @@ def tokens_of(class_names: Sequence[str], tokenizer: Tokenizer, called: Mapping[
     return {name: tuple(tokenizer(said) for said in sentences(thing)) for name, thing in things.items()}  # type: ignore[misc]
 
 
+def check_classes(tokens: Mapping[str, States], class_names: Sequence[str]) -> None:
+    """That there are sentences of all classes.
+
+    Raises:
+        ArgumentError: there are not; the message names the classes.
+    """
+    unknown = sorted(set(class_names) - set(tokens))
+    if unknown:
+        said = f"has {', '.join(map(repr, unknown))}, of which there are no sentences; allowed: {', '.join(tokens)}"
+        raise ArgumentError("train-clip-adapter", "class_names", said)
+
+
 def embeddings(
     model: AdaptedCLIPWithCrossAttention, tokens: Mapping[str, States], class_names: Sequence[str], context: Tensor | None
 ) -> Tensor:
@@ -42,6 +55,7 @@ def embeddings(
 
     One call encodes all sentences. Without a context, or with context_reduce="mean", images of a class share theirs.
     """
+    check_classes(tokens, class_names)
     if context is not None and model.context_reduce == "mean":
         context = context.mean(0, keepdim=True)
     each = context is not None and len(context) == len(class_names)

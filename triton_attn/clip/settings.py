@@ -77,6 +77,7 @@ class Settings:
             if arguments.finite(self, argument, getattr(self, argument)) < 0:
                 raise ArgumentError(NAME, argument, f"is {getattr(self, argument)}; allowed: 0 and more")
         arguments.probability(self, "context_dropout", self.context_dropout)
+        arguments.whole(self, "seed", self.seed, 0, 2**32 - 1)
 
 
 FIELDS = {row.name: row for row in dataclasses.fields(Settings)}

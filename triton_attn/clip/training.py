@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from triton_attn import ArgumentError
 from triton_attn.clip import checkpoints, pictures, sources
 from triton_attn.clip.checkpoints import FILES
-from triton_attn.clip.evaluation import Scores, evaluate, set_text
+from triton_attn.clip.evaluation import Scores, area_under_curve, evaluate, set_text
 from triton_attn.clip.folders import LAYOUTS, Batch, Loader, Sample
 from triton_attn.clip.losses import image_loss, text_loss
 from triton_attn.clip.prompts import States, embeddings, tokens_of
@@ -29,7 +29,7 @@ BETAS, MILESTONES = (0.5, 0.999), (16_000, 32_000)  # steps at which stage 2 hal
 
 
 class TrainingStopped(Exception):
-    """The loss is no number any more."""
+    """The loss or a weight is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ class Run:
     tokens: dict[str, States]
     device: torch.device
     losses: dict[str, list[float]]
+    tests: list[Sample] = dataclasses.field(default_factory=list)  # of `test_data`
 
     def score(self, samples: list[Sample] | None = None) -> Scores:
         """Of these samples, or of those that it learns from, in the way it was trained."""
-        chosen, told = samples or self.samples, self.settings
+        chosen, told = self.samples if samples is None else samples, self.settings
         given = {"cross_attention": told.cross_attention, "image_cross_attention": told.image_cross_attention}
         return evaluate(self.model, chosen, self.loader, self.tokens, **given)
 
@@ -78,15 +79,38 @@ def build(settings: Settings) -> Run:
         ArgumentError: a setting or a file is wrong; the message names it.
         ModuleNotFoundError: a library that they ask for is not installed.
     """
-    samples = samples_of(settings, settings.data)
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    samples, tests = samples_of(settings, settings.data), _tests(settings)
     torch.manual_seed(settings.seed)
     source = sources.load(settings.clip, settings.image_size)
     model = _adapted(settings, source.clip).to(device)
-    names = [sample.class_name for sample in samples]
+    names = [sample.class_name for sample in (*samples, *tests)]
     found = tokens_of(names, source.tokenizer, settings.called)
     tokens = {name: (normal.to(device), abnormal.to(device)) for name, (normal, abnormal) in found.items()}
-    return Run(settings, model, source.loader, samples, tokens, device, {"text": [], "image": []})
+    return Run(settings, model, source.loader, samples, tokens, device, {"text": [], "image": []}, tests)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())[:100]
+        raise ArgumentError(NAME, "device", f"is {name!r}, which torch does not have here ({said}); allowed: cpu, cuda") from error
+    return device
+
+
+def _tests(settings: Settings) -> list[Sample]:
+    """What is scored at the end; what could go wrong then goes wrong before training."""
+    if not settings.test_data:
+        return []
+    area_under_curve()
+    found = samples_of(settings, settings.test_data)
+    if not any(sample.label for sample in found):
+        raise ArgumentError(
+            NAME, "test_data", f"{settings.test_data} has {len(found)} images, none damaged; allowed: whole and damaged ones"
+        )
+    return found
 
 
 def samples_of(settings: Settings, root: str) -> list[Sample]:
@@ -138,10 +162,11 @@ def train(
         report, tick: called after each epoch and each batch.
 
     Raises:
-        ArgumentError: a setting, a file or a checkpoint is wrong; the message names it.
+        ArgumentError: a setting, a file or a checkpoint is wrong; or stage 1 would go on under a stage 2 that stands on it; the
+            message names it.
         FileExistsError: there are checkpoints, and nobody asked to go on.
         FileNotFoundError: there are none to go on from, or stage 2 alone finds none of stage 1.
-        TrainingStopped: the loss is not finite; the last checkpoint stays.
+        TrainingStopped: the loss or a weight is not finite; the last checkpoint stays.
     """
     stages = ("text", "image") if settings.stages == "both" else (settings.stages,)
     there = [folder / FILES[stage] for stage in stages if (folder / FILES[stage]).exists()]
@@ -149,11 +174,15 @@ def train(
         raise FileExistsError(f"{there[0]} exists: go on with --resume, or choose another folder")
     if resume and not there:
         raise FileNotFoundError(f"{folder / FILES[stages[0]]} is no file: there is nothing to go on from")
+    if "text" in stages:
+        checkpoints.check_order(folder, settings.text_epochs)
     run = build(settings)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.stages == "image":
         path = folder / FILES["text"]
-        checkpoints.restore(run.model, checkpoints.load(path, "text"), "text", path)
+        held = checkpoints.load(path, "text")
+        checkpoints.check_settings(held, settings, "text", path, "stages", checkpoints.STAGE_2_ALONE)
+        checkpoints.restore(run.model, held, "text", path)
     for stage in stages:
         _train_stage(run, stage, folder, report, tick)
     run.model.eval()
@@ -172,9 +201,11 @@ def _train_stage(run: Run, stage: str, folder: Path, report: Callable[[Epoch], N
         held = checkpoints.load(path, stage)
         checkpoints.check_settings(held, settings, stage, path)
         checkpoints.restore(run.model, held, stage, path)
-        optimizer.load_state_dict(held[f"{stage}_optimizer"])
+        checkpoints.restore_optimizer(optimizer, held, stage, path)
         done, run.losses[stage] = held["epoch"], list(held.get("losses", ()))
-        _set_random(held.get("random"))
+        _set_random(held.get("random"), path)
+    if stage == "text":
+        run.model.expects_context = False  # while it learns, contexts are dropped without a word
     for epoch in range(done, epochs):
         run.model.eval()
         if stage == "text":
@@ -182,6 +213,10 @@ def _train_stage(run: Run, stage: str, folder: Path, report: Callable[[Epoch], N
         else:
             run.model.image_cross_attn.train()
         loss = _epoch(run, stage, epoch, optimizer, rate, path, tick)
+        wrong = checkpoints.not_finite(parts)
+        if wrong is not None:
+            said = f"{wrong} is not finite after stage {stage}, epoch {epoch}, with lr {rate}"
+            raise TrainingStopped(f"{said}; {_kept(path)}")
         run.losses[stage].append(loss)
         held = {"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}
         held |= {f"{stage}_optimizer": optimizer.state_dict(), "settings": dataclasses.asdict(settings)}
@@ -190,7 +225,12 @@ def _train_stage(run: Run, stage: str, folder: Path, report: Callable[[Epoch], N
         pictures.losses(run.losses, folder / LOSSES)
         report(Epoch(stage, epoch, loss))
     if stage == "text":
-        run.model.expects_context = settings.cross_attention and settings.context_dropout == 0
+        learned = max(done, epochs) > 0
+        run.model.expects_context = learned and checkpoints.beside_contexts(settings.cross_attention, settings.context_dropout)
+
+
+def _kept(path: Path) -> str:
+    return f"{path} holds the epoch before" if path.exists() else "no epoch was finished"
 
 
 def _epoch(run: Run, stage: str, epoch: int, optimizer: Any, rate: float, path: Path, tick: Callable[[Step], None]) -> float:
@@ -207,8 +247,8 @@ def _epoch(run: Run, stage: str, epoch: int, optimizer: Any, rate: float, path: 
         loss = text_step(run, batch) if stage == "text" else image_step(run, batch)
         value = loss.item()
         if not math.isfinite(value):
-            kept = f"{path} holds the epoch before" if path.exists() else "no epoch was finished"
-            raise TrainingStopped(f"the loss is {value} in stage {stage}, epoch {epoch}, batch {index}, with lr {rate}; {kept}")
+            where = f"stage {stage}, epoch {epoch}, batch {index}, with lr {rate}"
+            raise TrainingStopped(f"the loss is {value} in {where}; {_kept(path)}")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -241,8 +281,8 @@ def image_step(run: Run, batch: Batch) -> Tensor:
     return image_loss(levels, detected, states, batch.masks, batch.labels, told.level_reduce)
 
 
-class _Batches(Dataset[Batch]):
-    """Whole batches, for the loader's workers."""
+class _Batches(Dataset[Batch | ArgumentError]):
+    """Whole batches, for the loader's workers; an error comes as a value, because a raised one arrives with a traceback in its text."""
 
     def __init__(self, run: Run, order: list[Tensor]) -> None:
         self.samples, self.loader, self.order = run.samples, run.loader, [part.tolist() for part in order]
@@ -250,14 +290,19 @@ class _Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.loader.load(self.samples[at] for at in self.order[index])
+    def __getitem__(self, index: int) -> Batch | ArgumentError:
+        try:
+            return self.loader.load(self.samples[at] for at in self.order[index])
+        except ArgumentError as error:
+            return error
 
 
 def _loaded(run: Run, order: list[Tensor]) -> Iterator[Batch]:
     # a generator of its own: the loader would draw from the one that dropout draws from
     given: Any = {"num_workers": run.settings.workers, "generator": torch.Generator(), "collate_fn": lambda batch: batch}
     for batch in DataLoader(_Batches(run, order), batch_size=None, **given):
+        if isinstance(batch, ArgumentError):
+            raise batch
         yield batch.to(run.device)
 
 
@@ -269,9 +314,12 @@ def _random() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def _set_random(held: Any) -> None:
+def _set_random(held: Any, path: Path) -> None:
     if held is None:
         return
-    torch.set_rng_state(held["cpu"])
-    if torch.cuda.is_available() and len(held["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(held["cuda"])
+    try:
+        torch.set_rng_state(held["cpu"])
+        if torch.cuda.is_available() and len(held["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(held["cuda"])
+    except RuntimeError as error:
+        raise ArgumentError(NAME, "checkpoint", f"{path} holds random that is no state of a generator ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +10,13 @@ from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, norm_matched_add
 from triton_attn.models.clip_adapters import SimpleAdapter, SimpleProj
+from triton_attn.models.clip_contexts import ContextRemembered, KeptProjection, check_context, check_text, checked_levels, checked_prompts
 from triton_attn.models.clip_towers import NAME, towers_of
 from triton_attn.nn import CrossAttentionModule, ImageCrossAttentionModule, image_context
 from triton_attn.nn.cross_attention import ProjectedContext
 
 
-class AdaptedCLIPWithCrossAttention(nn.Module):
+class AdaptedCLIPWithCrossAttention(ContextRemembered):
     """A frozen CLIP with adapters after its first blocks; text attends to the image after its first block.
 
     An adapter: x <- w |x| A(x) / |A(x)| + (1 - w) x, token by token. Text: block 0, cross-attention to the image's context, adapter 0,
@@ -35,12 +35,12 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
         cross_attn_residual: "norm_matched", or "add" for the state of the original before it matched norms; see
             `nn.CrossAttentionModule`.
         context_reduce: None: one context for each image. "mean": where texts are not as many as images, all get the images' mean,
-            as in the original; of (N, T) texts.
+            as in the original; B P texts of (B, P, T).
         value_layers: how many of the last vision blocks attend to values by values for dense features; None: from the first level's
             block on, which of a ViT-L is 19.
         normalize_context: see `nn.image_context`.
         trim_text: leave out what is padding in every text of a call. No token of a causal tower sees what follows it: the result is
-            the same, and of 77 tokens few are left.
+            the same, and of 77 tokens few are left. A tower that is not causal keeps them.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
@@ -70,17 +70,18 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         towers = towers_of(clip_model)
-        self._check(towers.text_layers, towers.vision_layers, text_adapt_until, image_adapt_until, levels, value_layers)
+        self._check(towers.text_layers, towers.vision_layers, text_adapt_until, image_adapt_until, value_layers)
+        self.levels = checked_levels(self, levels, towers.vision_layers)
         if towers.text_width != towers.joint_width:
             allowed = "equal widths, because text attends in the joint space"
             found = f"text of width {towers.text_width} and a joint space of {towers.joint_width}"
             raise ArgumentError(NAME, "clip_model", f"has {found}; allowed: {allowed}")
         self.t_w = arguments.probability(self, "text_adapt_weight", text_adapt_weight)
         self.i_w = arguments.probability(self, "image_adapt_weight", image_adapt_weight)
-        self.text_adapt_until, self.image_adapt_until, self.levels = text_adapt_until, image_adapt_until, tuple(levels)
+        self.text_adapt_until, self.image_adapt_until = text_adapt_until, image_adapt_until
         self.value_layers = towers.vision_layers - self.levels[0] + 1 if value_layers is None else value_layers
-        self.normalize_context, self.context_reduce = normalize_context, context_reduce
-        self.trim_text = arguments.flag(self, "trim_text", trim_text)
+        self.normalize_context, self.context_reduce = arguments.flag(self, "normalize_context", normalize_context), context_reduce
+        self.trim_text, relu = arguments.flag(self, "trim_text", trim_text), arguments.flag(self, "relu", relu)
         given = next(clip_model.parameters())
         factory: dict[str, Any] = {"device": given.device, "dtype": given.dtype}
         text, vision, joint = towers.text_width, towers.vision_width, towers.joint_width
@@ -104,22 +105,17 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
         self.towers = towers
         self.current_image_context: Tensor | None = None
         self.current_text_context: Tensor | None = None
-        self._projected: tuple[Any, ProjectedContext] | None = None
-        # whether the text adapters have learned beside a context alone; training and checkpoints set it
-        self.expects_context = False
+        self._kept = KeptProjection()
 
     @property
     def name(self) -> str:
         """For messages."""
         return NAME
 
-    def _check(self, text: int, vision: int, text_until: int, image_until: int, levels: Sequence[int], value_layers: int | None) -> None:
+    def _check(self, text: int, vision: int, text_until: int, image_until: int, value_layers: int | None) -> None:
         for argument, given, most in (("text_adapt_until", text_until, text), ("image_adapt_until", image_until, vision)):
             if arguments.whole(self, argument, given, 0) > most:
                 raise ArgumentError(NAME, argument, f"is {given}; allowed: 0 to {most}, the tower's blocks")
-        rising = list(levels) == sorted(set(levels)) and all(type(level) is int and 1 <= level <= vision for level in levels)
-        if not levels or not rising:
-            raise ArgumentError(NAME, "levels", f"is {tuple(levels)}; allowed: rising numbers of 1 to {vision}, the tower's blocks")
         if value_layers is not None and arguments.whole(self, "value_layers", value_layers, 0) > vision:
             raise ArgumentError(NAME, "value_layers", f"is {value_layers}; allowed: 0 to {vision}, or None")
 
@@ -133,22 +129,17 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
 
     def set_image_context(self, image_context: Tensor) -> None:
         """(B, M, joint width): what text attends to from now on, one for each image."""
-        width = self.towers.joint_width
-        if not isinstance(image_context, Tensor) or image_context.ndim != 3 or image_context.shape[2] != width:
-            found = tuple(image_context.shape) if isinstance(image_context, Tensor) else type(image_context).__name__
-            raise ArgumentError(NAME, "image_context", f"has shape {found}; allowed: (B, M, {width})")
-        self.current_image_context, self._projected = image_context, None
+        check_context(self, "image_context", image_context, "B, M", self.towers.joint_width)
+        self.current_image_context = image_context
 
     def clear_image_context(self) -> None:
         """Text attends to no image any more."""
-        self.current_image_context = self._projected = None
+        self.current_image_context = None
+        self._kept.forget()
 
     def set_text_context(self, text_context: Tensor) -> None:
         """(B, L, text width), or (1, L, text width): what images attend to. Normalised to unit length, token by token."""
-        width = self.towers.text_width
-        if not isinstance(text_context, Tensor) or text_context.ndim != 3 or text_context.shape[2] != width:
-            found = tuple(text_context.shape) if isinstance(text_context, Tensor) else type(text_context).__name__
-            raise ArgumentError(NAME, "text_context", f"has shape {found}; allowed: (B, L, {width})")
+        check_context(self, "text_context", text_context, "B, L", self.towers.text_width)
         self.current_text_context = nn.functional.normalize(text_context, dim=-1)
 
     def clear_text_context(self) -> None:
@@ -160,13 +151,7 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
         context = self.current_image_context
         if context is None or torch.is_grad_enabled() or self.context_reduce is not None or torch.compiler.is_compiling():
             return context
-        module = self.text_cross_attn
-        held = (*module.k_proj.parameters(), *module.v_proj.parameters())
-        known = [(x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in held]
-        now = (known, torch.is_autocast_enabled(context.device.type))
-        if self._projected is None or self._projected[0] != now:
-            self._projected = (now, module.project_context(context))
-        return self._projected[1]
+        return self._kept.of(self.text_cross_attn, context)
 
     # text
 
@@ -185,10 +170,18 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
             ArgumentError: another number of texts than of images, without context_reduce="mean".
         """
         if not adapt_text:
-            return self.towers.encode_text(text)
-        flat = self._flat(text)
+            check_text(self, "text", text)
+            found = self.towers.encode_text(text.flatten(0, -2))
+            return torch.unflatten(found, 0, text.shape[:-1]) if text.ndim == 3 else found
+        self.say_without_context(self.current_image_context)
+        return self._encoded(text)
+
+    def _encoded(self, text: Tensor) -> Tensor:
+        check_text(self, "text", text)
+        flat = text.flatten(0, -2)
         ends = self.towers.text_ends(flat)
-        if self.trim_text and len(ends) and not torch.compiler.is_compiling():  # a graph's shapes depend on no values
+        # a graph's shapes depend on no values
+        if self.trim_text and self.towers.causal and len(ends) and not torch.compiler.is_compiling():
             text = text[..., : int(ends.max()) + 1]
         x, lead = self._after_first(text)
         for index in range(1, self.towers.text_layers):
@@ -199,14 +192,10 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
 
     def encode_text_intermediate(self, text: Tensor) -> Tensor:
         """Text after block 0, cross-attention if a context is set, and adapter 0: (N, T, width) or (B, P, T, width)."""
+        check_text(self, "text", text)
+        self.say_without_context(self.current_image_context)
         x, lead = self._after_first(text)
         return torch.unflatten(x, 0, lead)
-
-    def _flat(self, text: Tensor) -> Tensor:
-        if not isinstance(text, Tensor) or text.ndim not in (2, 3) or text.is_floating_point():
-            found = f"{text.dtype} of shape {tuple(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
-            raise ArgumentError(NAME, "text", f"is {found}; allowed: whole numbers, (N, T) or (B, P, T)")
-        return text.flatten(0, -2)
 
     def _after_first(self, text: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """(N, T, width), and the axes that N stands for."""
@@ -214,13 +203,15 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
         context = self._context()
         if context is not None:
             x = self.text_cross_attn(x, context)
-        lead = tuple(x.shape[:-2])
+        lead = tuple((text if x.ndim == 3 else x).shape[: text.ndim - 1])
         return self._adapted(x.flatten(0, -3), "text", 0), lead
 
     def _first_block(self, text: Tensor) -> Tensor:
-        x = self.towers.text_block(0, self.towers.embed_text(self._flat(text)))
-        x = torch.unflatten(x, 0, tuple(text.shape[:-1]))
+        x = self.towers.text_block(0, self.towers.embed_text(text.flatten(0, -2)))
         context = self.current_image_context
+        if context is not None and self.context_reduce == "mean":
+            return x  # the original knows no texts of an image: as many as images, or beside the mean
+        x = torch.unflatten(x, 0, tuple(text.shape[:-1]))
         return x.expand(len(context), -1, -1, -1) if context is not None and text.ndim == 3 and len(text) == 1 else x
 
     def _adapted(self, x: Tensor, tower: str, index: int) -> Tensor:
@@ -240,10 +231,11 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
             image_context: set for this call; None: the one that is set, if any.
 
         Returns:
-            (B, joint width, states) beside a context or for (B, P, T); else (joint width, states). Columns have unit length.
+            (B, joint width, states) beside a context or for (B, P, T); else, and with context_reduce="mean" for (P, T),
+            (joint width, states). Columns have unit length.
 
         Warns:
-            UserWarning: the text adapters were trained beside contexts alone, and there is none here. The original computes all
+            UserWarning: the text adapters were trained beside contexts, and there is none here. The original computes all
                 embeddings of stage 2 and of its tests so.
         """
         if image_context is not None:
@@ -253,23 +245,33 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
                 return self.get_adapted_text_embedding(prompts)
             finally:
                 self.clear_image_context()
-                if before is not None:
-                    self.set_image_context(before)
-        if self.current_image_context is None and self.expects_context:
-            warnings.warn("the text adapters were trained beside an image's context; these embeddings are made without one", stacklevel=2)
-        alone = self.current_image_context is None and all(tokens.ndim == 2 for tokens in prompts)
-        several = [tokens if tokens.ndim == 3 else tokens[None] for tokens in prompts]
-        # all states in one call: the context's keys and values are projected once
-        found = self.encode_text(torch.cat([tokens.expand(max(map(len, several)), -1, -1) for tokens in several], 1))
-        states = torch.split(nn.functional.normalize(found, dim=-1), [tokens.shape[1] for tokens in several], 1)
-        embedding = torch.stack([nn.functional.normalize(state.mean(1), dim=-1) for state in states], -1)
+                self.current_image_context = before
+        several = checked_prompts(self, prompts)
+        self.say_without_context(self.current_image_context)
+        context, averaged = self.current_image_context, self.context_reduce == "mean"
+        alone = (context is None or averaged) and all(tokens.ndim == 2 for tokens in prompts)
+        if context is not None and averaged:
+            found = [self._encoded(tokens) for tokens in several]  # a state's texts are counted by themselves, as in the original
+        else:
+            # all states in one call: the context's keys and values are projected once
+            together = self._encoded(torch.cat([tokens.expand(max(map(len, several)), -1, -1) for tokens in several], 1))
+            found = list(torch.split(together, [tokens.shape[1] for tokens in several], 1))
+        means = [nn.functional.normalize(nn.functional.normalize(state, dim=-1).mean(1), dim=-1) for state in found]
+        embedding = torch.stack([mean.expand(max(map(len, means)), -1) for mean in means], -1)
         return embedding[0] if alone else embedding
 
-    def patch_attention(self, text: Tensor, tokens: Any = slice(None)) -> Tensor:
-        """Exact weights (B, heads, tokens, M) of chosen tokens of (B, T) texts over the patches of the context that is set."""
+    def patch_attention(self, text: Tensor, tokens: Any = slice(None), context_key_padding_mask: Tensor | None = None) -> Tensor:
+        """Exact weights (B, heads, tokens, M) of chosen tokens of (B, T) texts over the patches of the context that is set.
+
+        Args:
+            text: token numbers.
+            tokens, context_key_padding_mask: as for `nn.CrossAttentionModule.attention_weights`.
+        """
+        check_text(self, "text", text)
         if self.current_image_context is None:
             raise ArgumentError(NAME, "image_context", "is not set; allowed: set_image_context before")
-        return self.text_cross_attn.attention_weights(self._first_block(text), self.current_image_context, tokens)
+        x = self._first_block(text)
+        return self.text_cross_attn.attention_weights(x, self.current_image_context, tokens, context_key_padding_mask)
 
     # images
 
@@ -280,7 +282,7 @@ class AdaptedCLIPWithCrossAttention(nn.Module):
         Patches come from a pass whose last `value_layers` blocks compute softmax(v v^T / sqrt(d)) v, the class token from the plain
         one. Both share the blocks before. The first level is the context of text: `compute_image_context`.
         """
-        wanted = self.levels if levels is None else tuple(levels)
+        wanted = self.levels if levels is None else checked_levels(self, levels, self.towers.vision_layers)
         towers, first = self.towers, self.towers.vision_layers - self.value_layers
         x, found = towers.embed_image(images), {}
         for index in range(first):

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from triton_attn import ArgumentError, attention
 
 NAME = "AdaptedCLIPWithCrossAttention"
+ALLOWED = "open_clip's CLIP with a vision transformer, or transformers' CLIPModel"
+# of open_clip's blocks: what would be lost where values stand for queries and keys; the option, the part, what it is without
+OWN_WAYS = (
+    ("scale_attn", "ln_attn", nn.Identity),
+    ("scale_attn_inner", "attn.ln_inner", nn.Identity),
+    ("scale_heads", "attn.head_scale", type(None)),
+)
 
 
 class Towers(Protocol):
@@ -20,12 +27,13 @@ class Towers(Protocol):
     joint_width: int
     text_layers: int
     vision_layers: int
+    causal: bool  # no token of a text sees what follows it
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(B, T) token numbers -> (B, T, text_width), before the first block."""
 
     def text_block(self, index: int, x: Tensor) -> Tensor:
-        """One block, causal."""
+        """One block, causal if the tower is."""
 
     def text_ends(self, text: Tensor) -> Tensor:
         """(B,) positions of the tokens that end the texts; what follows one is padding."""
@@ -65,11 +73,19 @@ def towers_of(clip: Any) -> Towers:
         ArgumentError: it is neither open_clip's CLIP nor transformers' CLIPModel, or one that pools or attends in a way of its own.
     """
     if isinstance(getattr(clip, "text_model", None), nn.Module) and isinstance(getattr(clip, "vision_model", None), nn.Module):
+        kind = getattr(getattr(clip, "config", None), "model_type", None)
+        if kind != "clip":  # others have the same parts, but embed, pool or project in another way
+            raise ArgumentError(NAME, "clip_model", f"is a {type(clip).__name__} of type {kind!r}; allowed: {ALLOWED}")
         return _Transformers(clip)
     if hasattr(clip, "visual") and hasattr(clip, "token_embedding") and hasattr(clip, "transformer"):
         return _OpenCLIP(clip)
-    allowed = "open_clip's CLIP with a vision transformer, or transformers' CLIPModel"
-    raise ArgumentError(NAME, "clip_model", f"is a {type(clip).__name__}; allowed: {allowed}")
+    raise ArgumentError(NAME, "clip_model", f"is a {type(clip).__name__}; allowed: {ALLOWED}")
+
+
+def _part(block: Any, path: str) -> Any:
+    for name in path.split("."):
+        block = getattr(block, name, None)
+    return block
 
 
 def attend_to_values(value: Tensor, heads: int) -> Tensor:
@@ -90,12 +106,16 @@ class _OpenCLIP:
             raise ArgumentError(NAME, "clip_model", f"has a {type(visual).__name__} for images; allowed: open_clip's VisionTransformer")
         if getattr(visual, "attn_pool", None) is not None or getattr(visual, "pool_type", "tok") != "tok":
             raise ArgumentError(NAME, "clip_model", "pools its patches; allowed: one whose image embedding is its class token")
+        for option, path, without in OWN_WAYS:
+            if any(not isinstance(_part(block, path), (without, type(None))) for block in blocks):
+                raise ArgumentError(NAME, "clip_model", f"has blocks with {option}; allowed: open_clip's blocks without it")
         if getattr(clip, "text_pool_type", "argmax") not in ("argmax", "eos"):
             raise ArgumentError(NAME, "clip_model", f"pools text by {clip.text_pool_type!r}; allowed: 'argmax', 'eos'")
         self.text_width = clip.token_embedding.embedding_dim
         self.vision_width = visual.class_embedding.shape[0]
         self.joint_width = self.vision_width if visual.proj is None else visual.proj.shape[1]
         self.text_layers, self.vision_layers = len(clip.transformer.resblocks), len(blocks)
+        self.causal = clip.attn_mask is not None  # None with no_causal_mask
 
     def embed_text(self, text: Tensor) -> Tensor:
         x: Tensor = self.clip.token_embedding(text)
@@ -174,7 +194,7 @@ class _Transformers:
         self.text, self.vision = clip.text_model, clip.vision_model
         self.text_width, self.vision_width = clip.text_projection.in_features, clip.visual_projection.in_features
         self.joint_width = clip.visual_projection.out_features
-        self.text_layers, self.vision_layers = len(self.text.encoder.layers), len(self.vision.encoder.layers)
+        self.text_layers, self.vision_layers, self.causal = len(self.text.encoder.layers), len(self.vision.encoder.layers), True
 
     def embed_text(self, text: Tensor) -> Tensor:
         embedded: Tensor = self.text.embeddings(input_ids=text)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, attention, norm_matched_add
+from triton_attn.arguments import ArgumentTypeError
 from triton_attn.nn.attention_weights import attention_weights
 
 RESIDUALS = ("norm_matched", "scaled", "add", None)
+WEIGHTED = RESIDUALS[:2]
 
 
 class ProjectedContext(NamedTuple):
@@ -44,7 +46,7 @@ class CrossAttention(nn.Module):
         if context_reduce not in (None, "mean"):
             raise ArgumentError(self.name, "context_reduce", f"is {context_reduce!r}; allowed: None, 'mean'")
         inner = context_dim
-        for argument, given in (("dim", query_dim), ("dim", context_dim), ("num_heads", num_heads)):
+        for argument, given in (*zip(self._widths, (query_dim, context_dim), strict=True), ("num_heads", num_heads)):
             arguments.whole(self, argument, given, 1)
         if inner % num_heads:
             raise ArgumentError(self.name, "num_heads", f"is {num_heads}; allowed: a divisor of {inner}")
@@ -57,6 +59,11 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(inner, query_dim, **factory)
         number = arguments.finite(self, "weight", weight)
         learned = arguments.flag(self, "learnable_weight", learnable_weight)
+        if learned and residual not in WEIGHTED:  # a parameter that no gradient ever reaches
+            allowed = f"False, or residual {' or '.join(map(repr, WEIGHTED))}"
+            raise ArgumentError(
+                self.name, "learnable_weight", f"is True with residual={residual!r}, which has no weight; allowed: {allowed}"
+            )
         self.weight: Any = nn.Parameter(torch.tensor(number, **factory)) if learned else number
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(layer.weight)
@@ -75,9 +82,12 @@ class CrossAttention(nn.Module):
         if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[2] != self.context_dim:
             found = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ArgumentError(self.name, self._context, f"has shape {found}; allowed: (B, M, {self.context_dim})")
+        self._like_weights(self._context, context, self.k_proj)
         return ProjectedContext(self._heads(self.k_proj(context)), self._heads(self.v_proj(context)))
 
+    # what arguments are called
     _features, _context = "text_features", "image_context"
+    _widths = ("dim", "dim")
 
     def forward(
         self,
@@ -94,7 +104,8 @@ class CrossAttention(nn.Module):
             image_context: (B, M, context_dim), or what `project_context` made of it.
             text_key_padding_mask: (B, T), or (B, P, T), boolean, True = padding: such tokens come out as they went in (as zeros
                 without a residual).
-            context_key_padding_mask: (B, M) boolean, True = ignore.
+            context_key_padding_mask: (B, M) boolean, True = ignore. Beside a context that is masked as a whole, or has M = 0, text
+                comes out as it went in (as zeros without a residual).
 
         Returns:
             Of text_features' shape: the residual's sum; with residual=None cross alone.
@@ -104,14 +115,17 @@ class CrossAttention(nn.Module):
                 whose mean stands for each, as in the original.
         """
         x, context, mask = self._matched(text_features, image_context, context_key_padding_mask)
+        if text_key_padding_mask is not None:
+            self._check_mask("text_key_padding_mask", text_key_padding_mask, tuple(text_features.shape[:-1]))
         query = self._heads(self.q_proj(x))
         heads = attention(query, context.key, context.value, key_padding_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         cross = self.out_proj(heads.transpose(1, 2).flatten(2)).view(text_features.shape)
         if text_key_padding_mask is not None:
-            if text_key_padding_mask.shape != text_features.shape[:-1] or text_key_padding_mask.dtype != torch.bool:
-                found = f"{text_key_padding_mask.dtype} of shape {tuple(text_key_padding_mask.shape)}"
-                raise ArgumentError(self.name, "text_key_padding_mask", f"is {found}; allowed: bool, {tuple(text_features.shape[:-1])}")
             cross = cross.masked_fill(text_key_padding_mask[..., None], 0.0)
+        if mask is not None or context.key.shape[2] == 0:
+            # out_proj's bias comes out of nothing, too
+            nothing = cross.new_ones(1, dtype=torch.bool) if mask is None else mask.all(1)
+            cross = cross.masked_fill(nothing.view(-1, *[1] * (cross.ndim - 1)), 0.0)
         if self.residual == "norm_matched":
             learned = isinstance(self.weight, Tensor)
             given: dict[str, Any] = {"weight": self.weight} if learned else {"scale": self.weight}
@@ -122,15 +136,40 @@ class CrossAttention(nn.Module):
         joined: Tensor = cross if self.residual is None else text_features + cross
         return joined
 
-    def attention_weights(self, text_features: Tensor, image_context: Tensor | ProjectedContext, tokens: Any = slice(None)) -> Tensor:
+    def attention_weights(
+        self,
+        text_features: Tensor,
+        image_context: Tensor | ProjectedContext,
+        tokens: Any = slice(None),
+        context_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
         """Exact weights (B, H, tokens, M) of chosen tokens, without dropout: what they look at.
 
         Args:
-            text_features, image_context: as for `forward`.
-            tokens: an index or a slice into the tokens of (B, T, dim), or of prompts folded one behind the other.
+            text_features, image_context, context_key_padding_mask: as for `forward`.
+            tokens: an index, whose axis stays with size 1, or a slice, into the tokens of (B, T, dim), or of prompts folded one behind
+                the other.
         """
-        x, context, _ = self._matched(text_features, image_context, None)
-        return attention_weights(self._heads(self.q_proj(x[:, tokens])), context.key, average=False)
+        x, context, mask = self._matched(text_features, image_context, context_key_padding_mask)
+        if isinstance(tokens, int):
+            arguments.whole(self, "tokens", tokens, -x.shape[1], x.shape[1] - 1)
+            tokens = [tokens]
+        elif not isinstance(tokens, (slice, list, Tensor)):
+            raise ArgumentTypeError(self.name, "tokens", f"is a {type(tokens).__name__}; allowed: an index or a slice")
+        return attention_weights(self._heads(self.q_proj(x[:, tokens])), context.key, key_padding_mask=mask, average=False)
+
+    def _check_mask(self, argument: str, given: Any, shape: tuple[int, ...]) -> None:
+        if not isinstance(given, Tensor):
+            raise ArgumentTypeError(self.name, argument, f"is {given!r:.40}, a {type(given).__name__}; allowed: bool, {shape}, or None")
+        if tuple(given.shape) != shape or given.dtype != torch.bool:
+            raise ArgumentError(self.name, argument, f"is {given.dtype} of shape {tuple(given.shape)}; allowed: bool, {shape}")
+
+    def _like_weights(self, argument: str, given: Tensor, layer: nn.Module) -> None:
+        """Of the layer's dtype, where it is a plain one and autocast casts nothing."""
+        if type(layer) is not nn.Linear or arguments.autocast_dtype(given.device.type) is not None:
+            return
+        if given.dtype != layer.weight.dtype:
+            raise ArgumentTypeError(self.name, argument, f"has dtype {given.dtype}; allowed: {layer.weight.dtype}, as the weights")
 
     def _matched(
         self, features: Tensor, context: Tensor | ProjectedContext, mask: Tensor | None
@@ -141,6 +180,7 @@ class CrossAttention(nn.Module):
             raise ArgumentError(
                 self.name, self._features, f"has shape {found}; allowed: (B, T, {self.query_dim}) or (B, P, T, {self.query_dim})"
             )
+        self._like_weights(self._features, features, self.q_proj)
         if not isinstance(context, ProjectedContext):
             if (
                 self.context_reduce == "mean"
@@ -155,9 +195,8 @@ class CrossAttention(nn.Module):
             allowed = f"{batch} or 1, or context_reduce='mean'"
             raise ArgumentError(self.name, self._context, f"has {images} images for {batch} batches of text; allowed: {allowed}")
         folded = features.reshape(images if images == 1 else batch, -1, self.query_dim)
-        if mask is not None and tuple(mask.shape) != (images, context.key.shape[2]):
-            wanted = (images, context.key.shape[2])
-            raise ArgumentError(self.name, "context_key_padding_mask", f"has shape {tuple(mask.shape)}; allowed: {wanted}")
+        if mask is not None:
+            self._check_mask("context_key_padding_mask", mask, (images, context.key.shape[2]))
         return folded, context, mask
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -174,7 +213,7 @@ class CrossAttentionModule(CrossAttention):
         residual: "norm_matched": x + weight |x| cross / |cross|; "scaled": x + weight cross; "add": x + cross; None: cross alone, which
             is what the original returns.
         weight: of the first two.
-        learnable_weight: make it a parameter.
+        learnable_weight: make it a parameter; of those two.
         context_reduce: None; "mean": another number of images than texts is averaged, as the original does silently.
         device, dtype: of the parameters.
 
@@ -216,6 +255,7 @@ class ImageCrossAttentionModule(CrossAttention):
     """
 
     _features, _context = "image_features", "text_context"
+    _widths = ("image_dim", "text_dim")
 
     def __init__(
         self,
