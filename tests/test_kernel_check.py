@@ -284,3 +284,9 @@ def test_measured_sensitivity_sees_what_cancels_inside() -> None:
     (lossy,) = sensitivity(cancelling, {"x": x}, cancelling(x))
     assert (plain < 10).all()
     assert (lossy > 400).all()
+
+
+def test_measured_sensitivity_sees_what_gelu_cancels() -> None:
+    x = torch.full((1,), -4.0, dtype=torch.float64)
+    (size,) = sensitivity(lambda x: [torch.nn.functional.gelu(x)], {"x": x}, [torch.nn.functional.gelu(x)])
+    assert size.item() > 1.0  # x / 2 times the roundoff of 1 + erf(x), where gelu itself is 1e-4
