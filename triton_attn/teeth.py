@@ -159,6 +159,8 @@ def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Specia
         yield _sized(row, bare, **ONE, m=65, n=3), inputs.CONTIGUOUS, TILE
         if "dropout_p" in row.options:
             yield _sized(row, _with(bare, dropout_p=0.2), **ONE, m=20, n=40), inputs.CONTIGUOUS, TILE
+        if row.options.get("causal") == "bool":
+            yield _sized(row, _with(bare, causal=True), **ONE, d=12, e=10), inputs.SLICED, TILE
         if row.options.get("causal") == "str":
             yield _sized(row, _with(bare, causal="top_left"), **ONE, m=35, n=18), inputs.CONTIGUOUS, TILE
             for m, n in ((3, 60), (3, 140), (60, 40)):  # a key tile long before the diagonal, and rows that see nothing
