@@ -1,10 +1,11 @@
-"""Hydra attention by its definition, in naive PyTorch: every score of every branch, all of them in memory."""
+"""Hydra attention by its definition, in naive PyTorch, every score of every branch in memory; and its bound."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from triton_attn.reference import _linear
 from triton_attn.reference._features import features
 
 
@@ -33,3 +34,37 @@ def hydra_attention(
     wide = torch.promote_types(key.dtype, torch.float32)
     state = torch.einsum("bhnf,bhne->bhfe", phi_k.to(wide), value.to(wide))
     return (out, state, phi_k.to(wide).sum(2)) if return_state else out
+
+
+def bound(
+    query_branches: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    grad_state: Tensor | None = None,
+    grad_normalizer: Tensor | None = None,
+    *,
+    feature_map: str = "crelu",
+    causal: bool = False,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Linear attention's bound, of its errors in every branch: branches are query heads that share a key head."""
+    heads = query_branches.shape[2], query_branches.shape[1]
+    found = _linear.bound(
+        query_branches.transpose(1, 2).flatten(1, 2),
+        key,
+        value,
+        grad_out.transpose(1, 2).flatten(1, 2),
+        grad_state,
+        grad_normalizer,
+        feature_map=feature_map,
+        causal=causal,
+        scale=scale,
+        eps=eps,
+        key_padding_mask=key_padding_mask,
+    )
+    pairs = (("out", "out"), ("query_branches", "query"))
+    branches = {name: torch.unflatten(found[old], 1, heads).transpose(1, 2) for name, old in pairs}
+    return {**{name: found[name] for name in ("state", "normalizer", "key", "value")}, **branches}

@@ -27,7 +27,8 @@ def performer_attention(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     """out_i = sum_j a_ij v_j / (sum_j a_ij + F eps), a_ij = <phi(q_i), phi(k_j)> e^(m_j - M_i), M_i being the largest m that i sees.
 
-    phi(x) = e^(y - max y) + kernel_epsilon with y = sqrt(scale) W x, and m = max y - scale |k|^2 / 2. Maxima are constants: they cancel.
+    phi(x) = e^(y - max y) + kernel_epsilon with y = sqrt(scale) W x, and m = max y - scale |k|^2 / 2. M_i cancels. Gradients take max y for
+    a constant, too, as the original's do, though it cancels only where kernel_epsilon is 0.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = _visible(key, key_padding_mask), _visible(value, key_padding_mask)

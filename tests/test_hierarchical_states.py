@@ -231,6 +231,20 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), torch.zeros(B, 4).bool()), r"mask has shape \(2, 4\); allowed: \(2, 5\) or"),
     (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), torch.zeros(B, 5)), r"mask has dtype torch.float32; allowed: torch.bool \(True"),
     (lambda: LocalGlobalAttention(8, 3, DIM, HEADS)(tokens(5), torch.zeros(B, 4).bool()), r"mask has shape \(2, 4\); allowed: \(2, 5\)$"),
+    (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), [[True]]), "StridedAttention: mask is a list; allowed: torch.Tensor"),  # type: ignore[arg-type]
+    (lambda: LocalGlobalAttention(8, 3, DIM, HEADS)(tokens(5), "x"), "LocalGlobalAttention: mask is a str; allowed: torch.Tensor"),  # type: ignore[arg-type]
+    (
+        lambda: CrossMemoryAttention(DIM, HEADS)(tokens(5), tokens(4), True, [[True]]),
+        "memory_key_padding_mask is a list; allowed: torch.Tensor",
+    ),
+    (
+        lambda: HierarchicalAttentionBlock(DIM, HEADS, "cross_memory")(tokens(5), tokens(4), torch.ones(9, 9)),
+        "HierarchicalAttentionBlock: mask is given with a memory, .*; allowed: memory_key_padding_mask",
+    ),
+    (
+        lambda: CrossMemoryAttention(DIM, HEADS).fuse_with_memory(tokens(5), tokens(4), torch.ones(1) * 1j),
+        "fusion_ratio has dtype torch.complex64; allowed: of real numbers",
+    ),
     (lambda: CrossMemoryAttention(DIM, HEADS)(tokens(5), tokens(5)[:1]), "memory_tokens has batch size 1; allowed: 2"),
     (
         lambda: CrossMemoryAttention(DIM, HEADS)(tokens(5), tokens(4), True, torch.zeros(B, 5).bool()),
@@ -285,6 +299,7 @@ def test_a_mapping_builds_a_module_or_several() -> None:
     assert block.a.attention.local_window == 6  # type: ignore[union-attr]
 
 
+NO_NAMES = ("", "a.b", "keys", "forward", "training")
 BAD: list[tuple[Any, str]] = [
     ({}, "config has no type; allowed: StridedAttention, LocalGlobalAttention,"),
     ({"type": "Linear"}, "config has type 'Linear'; allowed: StridedAttention"),
@@ -299,6 +314,8 @@ BAD: list[tuple[Any, str]] = [
     ({"type": "StridedAttention", "stride": [4]}, "config has a list for stride; allowed: a number"),
     ({"type": "StridedAttention", "stride": "4"}, "StridedAttention: stride is '4', a str; allowed: a whole number"),
     ({"type": "MultiheadAttention", "embed_dim": 8}, "config lacks num_heads, which MultiheadAttention needs"),
+    *(({name: {"type": "StridedAttention"}}, f"has a module named '{name}'; allowed: no dot") for name in NO_NAMES),
+    *((given, f"config is a {kind}; allowed: a mapping, or the path") for given, kind in ((None, "NoneType"), ([1], "list"), (3, "int"))),
     ({"type": "HierarchicalAttentionBlock", "attention_type": "dense", "stride": 2}, "stride is no option of attention_type='dense'"),
 ]
 
@@ -309,12 +326,14 @@ def test_a_wrong_configuration_names_the_key(config: Any, message: str) -> None:
         build(config)
 
 
+NO_NUMBERS = ("2001-99-99", "!!int x", "!!int ''", "!!bool x", "!!timestamp x", "9" * 5000)
 FILES = [
     ("- 1\n- 2\n", "config is a file that holds a list; allowed: a mapping"),
     ("", "config is a file that holds a NoneType"),
     ("type: [", "config is no YAML that can be read"),
     ("a: " + "[" * 5000, "config is no YAML that can be read"),
     ("type: !!python/object/apply:os.system ['touch /tmp/never']", "config is no YAML that can be read: could not determine a constructor"),
+    *((f"stride: {number}", "config is no YAML that can be read") for number in NO_NUMBERS),
     ("#" * 65537, "config is a file of more than 65536 bytes"),
     ("a: &a [x, x]\nb: &b [*a, *a]\ntype: StridedAttention\nstride: *b", "config has unknown keys a, b"),
 ]

@@ -97,6 +97,7 @@ HYDRA: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], str]] = {
     "other heads": (lambda q, k, v: hydra_attention(q, k[:, :1], v), "key has shape"),
     "a variant": (lambda q, k, v: hydra_attention(q, k, v, variant="lernaean"), "variant is 'lernaean'; allowed: 'branches', 'meta'"),
     "meta widths": (lambda q, k, v: hydra_attention(q, k, v[..., :2], variant="meta"), "value has shape"),
+    "meta eps": (lambda q, k, v: hydra_attention(q, k, v, variant="meta", eps=-1.0), "eps is -1.0; allowed: 0 and more"),
     "meta causal lengths": (lambda q, k, v: hydra_attention(q[..., :3, :], k, v, variant="meta", causal=True), "causal is True"),
 }
 
@@ -263,18 +264,14 @@ def test_masked_tokens_may_hold_nan() -> None:
 def test_the_prefix_token_is_pooled_with_no_patch() -> None:
     """The original averages the class token with the first patch."""
     query, key, value = tokens(n=17)
-    pool, expand = layers(1), layers(1)
-    out = ripple_attention(query, key, value, pool, expand, num_stages=1, grid_size=(4, 4))
-    moved = key.detach().clone()
-    moved[:, :, 0] += 1.0
-    key_only = ripple_attention(query, moved, value, pool, expand, num_stages=1, grid_size=(4, 4))
-    assert not torch.equal(out, key_only)
+    nothing: list[Any] = [tuple(torch.zeros(shape, **DOUBLE) for shape in ((4, 4), (4,), (4,), (4,)))]  # k + GELU(0)
     # with a value that only the class token has, what reaches a query is that token's weight alone
     marked = torch.zeros_like(value)
     marked[:, :, 0] = 1.0
-    weight = ripple_attention(query, key, marked, pool, expand, num_stages=0, grid_size=(4, 4))
-    scores = crelu(query) @ crelu(key).mT
-    torch.testing.assert_close(weight[..., :1], scores[..., :1] / (scores.sum(-1, keepdim=True) + 1e-6), **CLOSE)
+    weight = ripple_attention(query, key, marked, nothing, nothing, num_stages=1, grid_size=(4, 4))
+    cells = torch.unflatten(key[:, :, 1:], 2, (2, 2, 2, 2)).mean((3, 5)).flatten(2, 3)
+    scores = crelu(query) @ crelu(torch.cat((key[:, :, :1], 4 * cells), 2)).mT  # four tokens a cell
+    torch.testing.assert_close(weight, (scores[..., :1] / (scores.sum(-1, keepdim=True) + 1e-6)).expand_as(weight), **CLOSE)
 
 
 def test_half_precision_stays_finite_at_large_counts() -> None:
@@ -288,6 +285,14 @@ RIPPLE: dict[str, tuple[dict[str, Any], str]] = {
     "a grid": ({"grid_size": (3, 5)}, "grid_size is (3, 5); allowed: two sizes whose product is 16"),
     "stages": ({"num_stages": 4}, "num_stages is 4; allowed: a whole number, 0 to 3"),
     "prefix": ({"num_prefix_tokens": 18}, "num_prefix_tokens is 18"),
+    "a negative grid": ({"grid_size": (-2, -8), "num_stages": 0}, "grid_size is -2; allowed: a whole number, 0 and more"),
+    "a number for a grid": ({"grid_size": 4}, "grid_size is 4; allowed: two sizes whose product is 16"),
+    "a word for a grid": ({"grid_size": "ab"}, "grid_size is 'ab'"),
+    "no layers": ({"pool": None}, "pool is a NoneType; allowed: a list of layers"),
+    "a layer without a bias": ({"expand": [(torch.zeros(4, 4), None, None, None)] * 3}, "expand[0] is Tensor, NoneType"),
+    "eps": ({"eps": -1.0}, "eps is -1.0; allowed: 0 and more"),
+    "key's dtype": ({"key": torch.zeros(2, 2, 17, 4)}, "key has dtype torch.float32, query has torch.float64"),
+    "no tensor for a mask": ({"key_padding_mask": [True]}, "key_padding_mask is a list"),
     "feature map": ({"feature_map": "identity"}, "feature_map is 'identity'"),
     "layers": ({"pool": [(torch.zeros(4, 4),) * 4] * 3}, "pool[0] has shapes"),
     "keys": ({"key": torch.zeros(2, 2, 16, 4, **DOUBLE), "value": torch.zeros(2, 2, 16, 4, **DOUBLE)}, "key has 2 heads and 16 positions"),

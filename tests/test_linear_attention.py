@@ -147,10 +147,44 @@ def test_the_kernel_that_serves_wide_states_is_none() -> None:
     assert refuses(wide(torch.float32, 64), {"feature_map": "crelu"})
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_normaliser_alone_may_be_mapped(causal: bool) -> None:
+    query, key, value = drawn()
+    state, normalizers = torch.randn(2, 2, 8, 12), torch.rand(3, 2, 2, 8)
+
+    def call(normalizer: Tensor) -> Any:
+        return linear_attention(query, key, value, causal=causal, initial_state=(state, normalizer))
+
+    torch.testing.assert_close(torch.func.vmap(call)(normalizers), torch.stack([call(normalizer) for normalizer in normalizers]))
+
+
+@BACKENDS
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_what_has_no_score_is_0_over_eps(backend: str, eps: float) -> None:
+    query, key, value = drawn()
+    mask = torch.zeros(2, key.shape[2], dtype=torch.bool)
+    mask[0] = True
+    with use_backend(backend):
+        out = linear_attention(query, key, value, key_padding_mask=mask, eps=eps)
+    assert (out[0] == 0).all() if eps else out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
+def test_a_head_wider_than_a_kernel_s_is_served() -> None:
+    query, key, value = drawn(d=130, e=300)
+    for feature_map in ("elu", "crelu"):  # the latter has 260 features
+        found = []
+        for backend in ("auto", "reference"):
+            with use_backend(backend):
+                found.append(linear_attention(query, key, value, feature_map=feature_map, causal=True))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "feature map": ({"feature_map": "softmax"}, "feature_map", "'elu', 'relu', 'crelu', 'identity'"),
     "causal as a text": ({"causal": "top_left"}, "causal", "True, False"),
     "eps": ({"eps": -1.0}, "eps", "0 and more"),
+    "a word for a flag": ({"return_state": "x"}, "return_state", "True, False"),
     "one tensor": ({"initial_state": torch.zeros(2, 2, 8, 12)}, "initial_state", "two tensors"),
     "features": ({"initial_state": (torch.zeros(2, 2, 8, 12), torch.zeros(2, 2, 8)), "feature_map": "crelu"}, "initial_state", "16"),
     "half a state": ({"initial_state": (torch.zeros(2, 2, 8, 12).half(), torch.zeros(2, 2, 8))}, "initial_state", "torch.float32"),

@@ -145,6 +145,39 @@ def test_masked_tokens_may_hold_nan_and_are_absent(kernel: str, causal: bool) ->
     assert nothing.eq(0).all()
 
 
+@pytest.mark.parametrize(
+    ("width", "count", "spread", "low", "high"), [(16, 32, 1.0, 1e-3, 4e-3), (64, 256, 1.0, 1e-2, 4e-2), (64, 256, 3.0, 0.2, 0.7)], ids=str
+)
+def test_gradients_take_the_largest_feature_for_a_constant(width: int, count: int, spread: float, low: float, high: float) -> None:
+    """As the original does: it costs what docs/performer_attention.md says, and nothing where no epsilon is added to it."""
+    torch.manual_seed(3)
+    q, k = ((torch.randn(1, 2, 64, width, **DOUBLE) * spread).requires_grad_() for _ in range(2))
+    v, w = torch.randn(1, 2, 64, width, **DOUBLE), orthogonal_projection(count, width, **DOUBLE)
+
+    def phi(x: Tensor, epsilon: float) -> Tensor:
+        y = x @ w.mT * width**-0.25 - 0.5 * width**-0.5 * x.square().sum(-1, keepdim=True)
+        found: Tensor = y.exp() + epsilon * y.amax(-1, keepdim=True).exp()
+        return found
+
+    for epsilon in (0.0, 1e-4):
+        scores = phi(q, epsilon) @ phi(k, epsilon).mT
+        expected = scores @ v / scores.sum(-1, keepdim=True)
+        out = performer_attention(q, k, v, w, kernel_epsilon=epsilon, eps=0.0)
+        torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-10)
+        grad = torch.randn_like(out)
+        found, wanted = (torch.autograd.grad(x, (q, k), grad) for x in (out, expected))
+        errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, wanted, strict=True)]
+        assert max(errors) < 1e-9 if epsilon == 0 else low < min(errors) <= max(errors) < high
+
+
+@pytest.mark.parametrize("kernel", ["elu", "relu"])
+def test_more_features_than_a_kernel_serves(kernel: str) -> None:
+    """266 are performer-pytorch's at heads of 64."""
+    q, k, v = tensors(9)
+    out = performer_attention(q, k, v, projection(266), kernel=kernel, causal=True, eps=0.0)
+    torch.testing.assert_close(out, naive(q, k, v, projection(266), kernel, True), rtol=1e-8, atol=1e-10)
+
+
 @CAUSAL
 @KERNELS
 @pytest.mark.parametrize("n", [0, 1])
@@ -156,6 +189,18 @@ def test_few_tokens(kernel: str, causal: bool, n: int) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a projection": ({"projection": torch.ones(4, 3)}, "projection has shape (4, 3); allowed: (M, 8)"),
+    "no projection": ({"projection": [1.0]}, "projection is a list; allowed: torch.Tensor, (M, 8)"),
+    "complex numbers": ({"projection": torch.ones(4, 8, dtype=torch.complex64)}, "projection has dtype torch.complex64; allowed: any of"),
+    "booleans": ({"projection": torch.ones(4, 8, dtype=torch.bool)}, "projection has dtype torch.bool"),
+    "whole numbers": ({"projection": torch.ones(4, 8, dtype=torch.int64)}, "projection has dtype torch.int64"),
+    "a projection elsewhere": ({"projection": torch.ones(4, 8, device="meta")}, "projection is on meta, query on cpu"),
+    "a state elsewhere": (
+        {"kernel": "elu", "initial_state": (torch.zeros(2, 3, 20, 8, **DOUBLE), torch.zeros(2, 3, 20, **DOUBLE, device="meta"))},
+        "initial_state is on meta, query on cpu",
+    ),
+    "key's dtype": ({"key": torch.zeros(B, H, 5, D)}, "key has dtype torch.float32, query has torch.float64"),
+    "no tensor for a mask": ({"key_padding_mask": [True]}, "key_padding_mask is a list"),
+    "a word for a scale": ({"kernel": "elu", "scale": "x"}, "scale is 'x', a str; allowed: a finite number"),
     "a kernel": ({"kernel": "cosine"}, "kernel is 'cosine'; allowed: 'softmax', 'relu', 'elu'"),
     "an epsilon": ({"kernel_epsilon": -1.0}, "kernel_epsilon is -1.0; allowed: 0 and more"),
     "a scale": ({"scale": -1.0}, "scale is -1.0; allowed with kernel='softmax': above 0"),

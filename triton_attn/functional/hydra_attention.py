@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor
 
 from triton_attn import arguments, operators
 from triton_attn.arguments import ArgumentError, ArgumentTypeError
-from triton_attn.functional._softmax import WIDEST
 from triton_attn.functional.linear_attention import FEATURE_MAPS
 from triton_attn.functional.linear_attention import ROW as LINEAR
 from triton_attn.functional.meta_hydra_attention import meta_hydra_attention
 from triton_attn.mechanism import Case, Code, Input, Kernel, Launch, Law, Mechanism, Options, Output, Sizes, Tensors, Work
 from triton_attn.portable.hydra_attention import hydra_attention as portable
 from triton_attn.reference._features import count
+from triton_attn.reference.hydra_attention import bound
 from triton_attn.reference.hydra_attention import hydra_attention as reference
 
 VARIANTS = ("branches", "meta")
@@ -48,7 +47,8 @@ def hydra_attention(
         feature_map: phi of "branches", as in `triton_attn.linear_attention`.
         causal: query i sees keys 0..i; N must be M.
         scale: multiplies the scores of "branches", which only weighs them against eps; 1 if None.
-        eps: added to the sum of the scores of "branches".
+        eps: added to the sum of the scores of "branches"; 0 and more. With 0, a query whose scores are all 0, or that sees no key,
+            gives NaN, 0 / 0.
         key_padding_mask: (B, M) boolean, True = ignore.
         return_state: also return (S, z) of "branches" after the last key, which `triton_attn.linear_attention` could go on from; the sum
             of "meta".
@@ -66,7 +66,15 @@ def hydra_attention(
     Efficient Attention with Many Heads", 2022.
     """
     arguments.choice(ROW, "variant", variant, VARIANTS)
-    arguments.choice(ROW, "feature_map", feature_map, FEATURE_MAPS)
+    options: dict[str, Any] = {
+        "feature_map": arguments.choice(ROW, "feature_map", feature_map, FEATURE_MAPS),
+        "causal": arguments.flag(ROW, "causal", causal),
+        "scale": 1.0 if scale is None else arguments.finite(ROW, "scale", scale),
+        "eps": arguments.finite(ROW, "eps", eps),
+    }
+    if options["eps"] < 0:
+        raise ArgumentError(ROW.name, "eps", f"is {eps}; allowed: 0 and more")
+    arguments.flag(ROW, "return_state", return_state)
     if variant == "meta":
         return meta_hydra_attention(query_branches, key, value, causal=causal, key_padding_mask=key_padding_mask, return_state=return_state)
     if not isinstance(query_branches, Tensor):
@@ -76,25 +84,15 @@ def hydra_attention(
     if not isinstance(key, Tensor) or key.ndim != 4 or key.shape[1] != query_branches.shape[2]:
         found = tuple(key.shape) if isinstance(key, Tensor) else type(key).__name__
         raise ArgumentError(ROW.name, "key", f"has shape {found}; allowed: 'b h m d' with h = {query_branches.shape[2]}")
-    arguments.flag(ROW, "return_state", return_state)
     tensors: dict[str, Tensor | None] = {
         "query_branches": query_branches,
         "key": key,
         "value": value,
         "key_padding_mask": key_padding_mask,
     }
-    options = {
-        "feature_map": feature_map,
-        "causal": arguments.flag(ROW, "causal", causal),
-        "scale": 1.0 if scale is None else arguments.finite(ROW, "scale", scale),
-        "eps": arguments.finite(ROW, "eps", eps),
-    }
-    if eps < 0:
-        raise ArgumentError(ROW.name, "eps", f"is {eps}; allowed: 0 and more")
     sizes = arguments.check(ROW, tensors, _fit)
     if causal and sizes["m"] != sizes["n"]:
         raise ArgumentError(ROW.name, "causal", f"is True with {sizes['m']} queries and {sizes['n']} keys; allowed: as many of each")
-    arguments.within(ROW, "query_branches", f"features of {feature_map!r}", count(sizes["d"], feature_map), 1, WIDEST)
     out = operators.run(ROW, tensors, options, return_state)
     return (out[0], (out[1], out[2])) if return_state else out
 
@@ -110,13 +108,6 @@ def _pointers() -> Code:
     return Code(hydra_attention, hydra_attention_backward, SPACES, tile_key)
 
 
-def _as_linear(tensors: Tensors) -> dict[str, Any]:
-    """The call of linear attention in which branches are query heads that share a key head."""
-    query = tensors["query_branches"]
-    others = {name: tensors.get(name) for name in ("key", "value", "key_padding_mask")}
-    return {**dict.fromkeys(LINEAR.inputs), **others, "query": query.transpose(1, 2).flatten(1, 2)}
-
-
 def _refuses(tensors: Tensors, options: Options) -> list[str]:
     """What linear attention's kernel refuses, and a key: the stride of branches costs registers."""
     query, value, padded_keys = tensors["query_branches"], tensors["value"], tensors.get("key_padding_mask")
@@ -128,29 +119,6 @@ def _refuses(tensors: Tensors, options: Options) -> list[str]:
             f"query_branches has dtype {query.dtype}; exact float32 with key_padding_mask goes up to 32 columns of features or values"
         ]
     return reasons
-
-
-def _bound(
-    query_branches: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    grad_state: Tensor | None = None,
-    grad_normalizer: Tensor | None = None,
-    *,
-    feature_map: str = "crelu",
-    key_padding_mask: Tensor | None = None,
-    **options: Any,
-) -> Mapping[str, Tensor]:
-    """Linear attention's bound, of its errors in every branch."""
-    b, r, h = query_branches.shape[:3]
-    heads = grad_out.transpose(1, 2).flatten(1, 2)
-    given = {"key": key, "value": value, "key_padding_mask": key_padding_mask, "query_branches": query_branches}
-    found = LINEAR.bound(
-        **_as_linear(given), grad_out=heads, grad_state=grad_state, grad_normalizer=grad_normalizer, feature_map=feature_map, **options
-    )
-    branches = {name: found[old].unflatten(1, (h, r)).transpose(1, 2) for name, old in (("out", "out"), ("query_branches", "query"))}
-    return {**{name: found[name] for name in ("state", "normalizer", "key", "value")}, **branches}
 
 
 def _work(sizes: Sizes, options: Options, itemsize: int) -> Work:
@@ -189,7 +157,7 @@ ROW = Mechanism(
     function=hydra_attention,
     reference=reference,
     portable=portable,
-    bound=_bound,
+    bound=bound,
     kernels=(
         Kernel(
             "pointers",

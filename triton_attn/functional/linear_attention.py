@@ -42,12 +42,12 @@ def linear_attention(
     Args:
         query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, Hk, Nk, D); Hk divides H, and query head h uses key head h // (H / Hk).
-        value: (B, Hk, Nk, E). D and E from 1 to 256, powers of two or not; D to 128 for "crelu".
+        value: (B, Hk, Nk, E). D and E powers of two or not; no kernel serves more than 256 features or values of a head.
         feature_map: phi. "elu": elu(x) + 1. "relu". "crelu": [relu(x), relu(-x)], F = 2 D features. "identity", which may be negative.
         causal: query i sees keys 0..i; Nq must be Nk.
         normalize: divide by the sum of the scores. If not, out_i = scale phi(q_i)^T S.
         scale: multiplies the scores <phi(q_i), phi(k_j)>; 1 if None. Where normalised it only weighs them against eps.
-        eps: added to the sum of the scores; 0 and more.
+        eps: added to the sum of the scores; 0 and more. With 0, a query whose scores are all 0, or that sees no key, gives NaN, 0 / 0.
         key_padding_mask: (B, Nk) boolean, True = ignore: absent from numerator and denominator. What lies there, NaN included, reaches
             neither output nor gradients.
         initial_state: (S_0, z_0) of earlier keys, (B, Hk, F, E) and (B, Hk, F), float32 (float64 for float64).
@@ -55,7 +55,7 @@ def linear_attention(
 
     Returns:
         (B, H, Nq, E) in the inputs' dtype, contiguous; with return_state also (S, z), shaped and typed like initial_state,
-        differentiable. A query whose scores are all 0 gives 0.
+        differentiable. A query whose scores are all 0 gives 0 if eps is above 0.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
@@ -74,14 +74,14 @@ def linear_attention(
         "initial_state": state,
         "initial_normalizer": normalizer,
     }
-    options = {
+    options: dict[str, Any] = {
         "feature_map": arguments.choice(ROW, "feature_map", feature_map, FEATURE_MAPS),
         "causal": arguments.flag(ROW, "causal", causal),
         "normalize": arguments.flag(ROW, "normalize", normalize),
         "scale": 1.0 if scale is None else arguments.finite(ROW, "scale", scale),
         "eps": arguments.finite(ROW, "eps", eps),
     }
-    if eps < 0:
+    if options["eps"] < 0:
         raise arguments.ArgumentError(ROW.name, "eps", f"is {eps}; allowed: 0 and more")
     sizes = softmax.check(ROW, tensors)
     if causal and sizes["m"] != sizes["n"]:
@@ -89,12 +89,11 @@ def linear_attention(
             ROW.name, "causal", f"is True with {sizes['m']} queries and {sizes['n']} keys; allowed: as many of each"
         )
     wanted = count(sizes["d"], feature_map)
-    arguments.within(ROW, "query", f"features of {feature_map!r}", wanted, 1, softmax.WIDEST)
     if sizes.get("f", wanted) != wanted:
         raise arguments.ArgumentError(
             ROW.name, "initial_state", f"has {sizes['f']} features; allowed: {wanted}, those of {feature_map!r} at width {sizes['d']}"
         )
-    out = operators.run(ROW, tensors, options, return_state)
+    out = operators.run(ROW, tensors, options, arguments.flag(ROW, "return_state", return_state))
     return (out[0], (out[1], out[2])) if return_state else out
 
 

@@ -36,16 +36,17 @@ def orthogonal_projection(
     Source: Choromanski et al., "Rethinking Attention with Performers", 2021, section 2.4.
     """
     who: Any = SimpleNamespace(name="orthogonal_projection")
+    drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     arguments.whole(who, "features", features, 1)
     arguments.whole(who, "dim", dim, 1)
     arguments.whole(who, "scaling", scaling, 0, 1)
     blocks = []
     for _ in range(-(-features // dim)):
-        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(torch.randn(dim, dim, **drawn))
         blocks.append((q * r.diagonal().sign()).mT)  # the signs make it uniform
     rows = torch.cat(blocks)[:features]
     if scaling == 1:
-        lengths = torch.full((features, 1), math.sqrt(dim), dtype=torch.float64)
+        lengths = torch.full((features, 1), math.sqrt(dim), dtype=torch.float64, device="cpu")
     else:
-        lengths = torch.randn(features, dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-    return (rows * lengths).to(device=device, dtype=dtype or torch.get_default_dtype())
+        lengths = torch.randn(features, dim, **drawn).norm(dim=1, keepdim=True)
+    return (rows * lengths).to(device=torch.get_default_device() if device is None else device, dtype=dtype or torch.get_default_dtype())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from triton_attn.reference.performer_attention import bound
 from triton_attn.reference.performer_attention import performer_attention as reference
 
 KERNELS = ("softmax", "relu", "elu")
+# what linear attention's call and this one have in common, under this one's name
+_CALL = replace(
+    LINEAR,
+    name="performer_attention",
+    inputs={name: LINEAR.inputs[name] for name in ("query", "key", "value", "key_padding_mask")},
+)
 
 
 def performer_attention(
@@ -48,12 +55,15 @@ def performer_attention(
         query: (B, H, N, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
         key: (B, G, Nk, D); G divides H, and query head h uses key head h // (H / G).
         value: (B, G, Nk, E).
-        projection: W, (M, D), such as `orthogonal_projection` draws it; it gets no gradient.
+        projection: W, (M, D), such as `orthogonal_projection` draws it, cast to what it is computed in; it gets no gradient.
         kernel: phi.
         causal: query i sees keys 0..i; N must be Nk.
-        kernel_epsilon: of "softmax"; 0 and more. It keeps the sum of the scores away from 0.
+        kernel_epsilon: of "softmax"; 0 and more. It keeps the sum of the scores away from 0. Gradients take the e^m beside it for a
+            constant, as the original's do: those of query and key are the formula's at 0, and else the further from it the longer
+            vectors are, by 2 % at heads of 64 and unit variance, 256 features and 1e-4. docs/performer_attention.md has more sizes.
         scale: of the softmax that is estimated; D ** -0.5 if None.
-        eps: added to the sum of the scores, relative to their largest possible one; 0 and more.
+        eps: added to the sum of the scores, relative to their largest possible one; 0 and more. With 0, a query of "elu" or "relu" whose
+            scores are all 0, or that sees no key, gives NaN, 0 / 0.
         key_padding_mask: (B, Nk) boolean, True = ignore: absent from numerator and denominator, whatever lies there.
         initial_state: of earlier keys, under the same projection and scale: (S, z), (B, G, M, E) and (B, G, M), as `linear_attention`
             has them; for "softmax" (S, z, m) with m (B, G), S and z being divided by e^m. float32 (float64 for float64).
@@ -61,7 +71,7 @@ def performer_attention(
 
     Returns:
         (B, H, N, E) in the inputs' dtype; with return_state also the state, shaped and typed like initial_state; its m has no gradient.
-        A query that sees no key gives 0.
+        A query that sees no key gives 0; so does one whose scores are all 0 if eps is above 0.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
@@ -71,11 +81,8 @@ def performer_attention(
     written; those of "elu" and "relu" by torch, which `linear_attention` sums.
     """
     tensors: dict[str, Any] = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
-    sizes = softmax.check(LINEAR, {**dict.fromkeys(LINEAR.inputs), **tensors})
-    if not isinstance(projection, Tensor) or projection.ndim != 2 or projection.shape[1] != sizes["d"]:
-        found = tuple(projection.shape) if isinstance(projection, Tensor) else type(projection).__name__
-        raise ArgumentError(ROW.name, "projection", f"has shape {found}; allowed: (M, {sizes['d']})")
-    arguments.at_least(ROW, "projection", "features", projection.shape[0], 1)
+    sizes = softmax.check(_CALL, tensors)
+    _check_projection(projection, sizes["d"], query)
     for name, given in (("kernel_epsilon", kernel_epsilon), ("eps", eps)):
         if arguments.finite(ROW, name, given) < 0:
             raise ArgumentError(ROW.name, name, f"is {given}; allowed: 0 and more")
@@ -87,11 +94,11 @@ def performer_attention(
     wide = torch.promote_types(query.dtype, torch.float32)
     b, g, e = sizes["b"], sizes["g"], sizes["e"]
     shapes = ((b, g, features, e), (b, g, features), (b, g))[: 3 if by_softmax else 2]
-    begun = _begun(initial_state, shapes, wide)
+    begun = _begun(initial_state, shapes, wide, query)
+    scale = sizes["d"] ** -0.5 if scale is None else arguments.finite(ROW, "scale", scale)
     arguments.flag(ROW, "return_state", return_state)
     if not by_softmax:
         return _by_torch(tensors, projection, begun, return_state, feature_map=kernel, causal=causal, eps=eps)
-    scale = sizes["d"] ** -0.5 if scale is None else arguments.finite(ROW, "scale", scale)
     if scale <= 0:
         raise ArgumentError(ROW.name, "scale", f"is {scale}; allowed with kernel='softmax': above 0")
     state, normalizer, level = begun or (None, None, None)
@@ -117,7 +124,23 @@ def _by_torch(tensors: dict[str, Any], projection: Tensor, begun: Any, return_st
     return linear_attention(query, key, value, key_padding_mask=hidden, **options)
 
 
-def _begun(given: object, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Any:
+def _check_projection(projection: object, width: int, query: Tensor) -> None:
+    if not isinstance(projection, Tensor):
+        raise ArgumentTypeError(ROW.name, "projection", f"is a {type(projection).__name__}; allowed: torch.Tensor, (M, {width})")
+    if projection.ndim != 2 or projection.shape[1] != width:
+        raise ArgumentError(ROW.name, "projection", f"has shape {tuple(projection.shape)}; allowed: (M, {width})")
+    if not projection.dtype.is_floating_point:
+        raise ArgumentTypeError(ROW.name, "projection", f"has dtype {projection.dtype}; allowed: any of floating point")
+    _same_device("projection", projection, query)
+    arguments.at_least(ROW, "projection", "features", projection.shape[0], 1)
+
+
+def _same_device(argument: str, given: Tensor, query: Tensor) -> None:
+    if given.device != query.device:
+        raise ArgumentError(ROW.name, argument, f"is on {given.device}, query on {query.device}; they must be on one device")
+
+
+def _begun(given: object, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, query: Tensor) -> Any:
     """The initial state, checked."""
     if given is None:
         return None
@@ -127,6 +150,7 @@ def _begun(given: object, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtyp
         if tuple(part.shape) != shape or part.dtype != dtype:
             found = f"has shape {tuple(part.shape)} and dtype {part.dtype}"
             raise ArgumentError(ROW.name, "initial_state", f"{found}; allowed: {shape} and {dtype}")
+        _same_device("initial_state", part, query)
     return tuple(given)
 
 

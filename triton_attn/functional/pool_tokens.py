@@ -53,7 +53,7 @@ def pool_tokens(
     if sizes["n"] % rows:
         raise arguments.ArgumentError(ROW.name, "rows", f"is {rows}; allowed: a divisor of the {sizes['n']} tokens")
     arguments.at_least(ROW, "x", "width", sizes["d"], 1)
-    return operators.run(ROW, tensors, options, return_count)
+    return operators.run(ROW, tensors, options, arguments.flag(ROW, "return_count", return_count))
 
 
 def _code() -> Code:

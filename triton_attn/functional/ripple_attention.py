@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from triton_attn import arguments
-from triton_attn.arguments import ArgumentError
+from triton_attn.arguments import ArgumentError, ArgumentTypeError
 from triton_attn.functional import _softmax as softmax
 from triton_attn.functional.linear_attention import FEATURE_MAPS, linear_attention
 from triton_attn.functional.linear_attention import ROW as LINEAR
 from triton_attn.functional.pool_tokens import pool_tokens
 
+LISTS = (Sequence, nn.ModuleList, nn.ParameterList)
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]  # weight and bias of a linear layer, weight and bias of the LayerNorm after it
-_WHO: Any = SimpleNamespace(name="ripple_attention")
+# what linear attention's call and this one have in common, under this one's name
+_WHO = replace(
+    LINEAR,
+    name="ripple_attention",
+    inputs={name: LINEAR.inputs[name] for name in ("query", "key", "value", "key_padding_mask")},
+)
 
 
 def ripple_attention(
@@ -57,7 +63,7 @@ def ripple_attention(
         num_prefix_tokens: 0 and more.
         feature_map: phi, as in `triton_attn.linear_attention`; not "identity", whose scores may be negative.
         key_padding_mask: (B, N) boolean, True = ignore: absent from means, counts and sums.
-        eps: added to the sum of the scores.
+        eps: added to the sum of the scores; 0 and more. With 0, a query whose scores are all 0, or that sees no key, gives NaN, 0 / 0.
 
     Returns:
         (B, H, N, E) in the inputs' dtype.
@@ -69,18 +75,22 @@ def ripple_attention(
     Source: RippleAttention of Linear-ViT, with pooling before phi (after it scores may be negative), over the image's two axes, weighted
     by counts. It shares only the name with Zheng et al., "Ripple Attention for Visual Perception with Sub-quadratic Complexity", 2021.
     """
-    sizes = softmax.check(LINEAR, _tensors(query, key, value, key_padding_mask))
+    tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
+    sizes = softmax.check(_WHO, tensors)
     n, h, g = sizes["n"], sizes["h"], sizes["g"]
     if sizes["m"] != n or h != g:
         raise ArgumentError(_WHO.name, "key", f"has {g} heads and {n} positions; allowed: query's, {h} and {sizes['m']}")
     if arguments.choice(_WHO, "feature_map", feature_map, FEATURE_MAPS) == "identity":
         raise ArgumentError(_WHO.name, "feature_map", "is 'identity'; allowed: 'elu', 'relu', 'crelu'")
     prefix = arguments.whole(_WHO, "num_prefix_tokens", num_prefix_tokens, 0, n)
+    for name, layers in (("pool", pool), ("expand", expand)):
+        if not isinstance(layers, LISTS):
+            raise ArgumentTypeError(_WHO.name, name, f"is a {type(layers).__name__}; allowed: a list of layers, four tensors each")
     stages = arguments.whole(_WHO, "num_stages", num_stages, 0, min(len(pool), len(expand)))
-    grid = (1, n - prefix) if grid_size is None else tuple(grid_size)
-    if len(grid) != 2 or grid[0] * grid[1] != n - prefix:
-        allowed = f"two sizes whose product is {n - prefix}, the tokens after the prefix"
-        raise ArgumentError(_WHO.name, "grid_size", f"is {grid_size}; allowed: {allowed}")
+    grid = _grid(grid_size, n - prefix)
+    eps = arguments.finite(_WHO, "eps", eps)
+    if eps < 0:
+        raise ArgumentError(_WHO.name, "eps", f"is {eps}; allowed: 0 and more")
     for name, layers, width in (("pool", pool, sizes["d"]), ("expand", expand, sizes["e"])):
         for stage in range(stages):
             _check_layer(f"{name}[{stage}]", layers[stage], width)
@@ -113,13 +123,24 @@ def ripple_attention(
     return out
 
 
-def _tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> dict[str, Tensor | None]:
-    absent = dict.fromkeys(LINEAR.inputs)
-    return {**absent, "query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask}
+def _grid(given: object, tokens: int) -> tuple[int, int]:
+    if given is None:
+        return 1, tokens
+    allowed = f"two sizes whose product is {tokens}, the tokens after the prefix"
+    if not isinstance(given, (list, tuple)) or len(given) != 2:
+        raise ArgumentTypeError(_WHO.name, "grid_size", f"is {given!r}; allowed: {allowed}")
+    rows, columns = (arguments.whole(_WHO, "grid_size", size, 0) for size in given)
+    if rows * columns != tokens:
+        raise ArgumentError(_WHO.name, "grid_size", f"is {given}; allowed: {allowed}")
+    return rows, columns
 
 
-def _check_layer(name: str, layer: Layer, width: int) -> None:
-    shapes = [tuple(part.shape) for part in layer]
+def _check_layer(name: str, layer: Any, width: int) -> None:
+    parts: list[Any] = list(layer) if isinstance(layer, LISTS) else [layer]
+    if not isinstance(layer, LISTS) or not all(isinstance(part, Tensor) for part in parts):
+        found = ", ".join(type(part).__name__ for part in parts)
+        raise ArgumentTypeError(_WHO.name, name, f"is {found}; allowed: four tensors, a linear layer and a LayerNorm")
+    shapes = [tuple(part.shape) for part in parts]
     allowed = [(width, width), (width,), (width,), (width,)]
     if shapes != allowed:
         raise ArgumentError(_WHO.name, name, f"has shapes {shapes}; allowed: {allowed}, a linear layer and a LayerNorm")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments
+from triton_attn.arguments import ArgumentTypeError
 
 
 class InnerHeads(nn.Module):
@@ -50,6 +51,9 @@ class InnerHeads(nn.Module):
             raise ArgumentError(self.name, "x", f"has shape {tuple(x.shape)}; allowed: (B, N, {self.dim})")
         if key_padding_mask is None:
             return
+        if not isinstance(key_padding_mask, Tensor):
+            complaint = f"is a {type(key_padding_mask).__name__}; allowed: torch.Tensor, boolean (True = ignore)"
+            raise ArgumentTypeError(self.name, "key_padding_mask", complaint)
         if key_padding_mask.dtype != torch.bool:
             raise ArgumentError(self.name, "key_padding_mask", f"has dtype {key_padding_mask.dtype}; allowed: torch.bool (True = ignore)")
         if key_padding_mask.shape != x.shape[:2]:

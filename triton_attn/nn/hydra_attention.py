@@ -20,7 +20,7 @@ class HydraAttention(InnerHeads):
     Args:
         dim: width of tokens.
         heads: 1 and more, in each branch.
-        dim_head: width of a head, 1 to 128 (a feature map doubles it).
+        dim_head: width of a head; kernels serve up to 128 (a feature map doubles it), the portable path any.
         dropout: of the output.
         num_branches: 1 and more.
         variant: "branches", the original's; "meta": Bolya et al.'s, one head for each feature.

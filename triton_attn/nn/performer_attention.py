@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, linear_attention, orthogonal_projection, performer_attention
+from triton_attn.arguments import ArgumentTypeError
 from triton_attn.nn._projections import Projections
 from triton_attn.nn.mamba_layer import MambaLayer
 
 State = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor]  # as `triton_attn.performer_attention` returns it
+MOST_SEED = 2**32 - 1  # torch's generator on the CPU looks at no more bits of one
+APART = 0x9E3779B1  # 2**32 over the golden ratio: draws of seeds that are neighbours lie far apart
+REMEMBERED = 64  # calls whose features are at hand should they be computed again
 
 
 class PerformerAttention(Projections):
@@ -26,17 +30,26 @@ class PerformerAttention(Projections):
         dropout: of the heads' outputs in training: there are no weights to drop.
         causal: no token sees a later one.
         redraw_interval: forward calls in training after which features are drawn anew; None: never. They depend on seed and the number
-            of the draw alone, so that all ranks agree. A compiled graph keeps those that it has; `redraw` changes them.
-        seed: of the features.
+            of the draw alone. In a compiled call nothing is counted; `redraw` still changes the features.
+        seed: of the features, 0 to 2**32 - 1; None: drawn from torch's generator, so that each layer of a model has features of its own.
+            Ranks that redraw must agree in it: give one, another for each layer, or seed torch alike on all ranks before.
         device, dtype: of the parameters.
 
     Raises:
         ArgumentError: an argument is wrong; the message names it and what is allowed.
 
+    Under torch.utils.checkpoint the call in the backward pass neither counts nor redraws, and has the features of the call that it
+    repeats, if that is among the last 64: it is known by a number that each counted call draws from torch's generator, whose state
+    checkpointing restores. With preserve_rng_state=False it has the newest features.
+
+    A state dict has the original's keys. Seed, draws and calls are in its metadata, which torch.save keeps: training that is resumed
+    goes on where it stopped. Formats of tensors alone lose them; the attributes `seed` and `draws` may then be set by hand.
+
     Source: PerformerAttention of HierarchicalVLM, whose state dicts load, with orthogonal features and masks that hide.
     """
 
     random_matrix: Tensor
+    draws: int
 
     def __init__(
         self,
@@ -48,7 +61,7 @@ class PerformerAttention(Projections):
         *,
         causal: bool = False,
         redraw_interval: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -57,23 +70,64 @@ class PerformerAttention(Projections):
         self.kernel_type = arguments.choice(self, "kernel_type", kernel_type, ("elu", "relu", "softmax"))
         self.causal = arguments.flag(self, "causal", causal)
         self.redraw_interval = redraw_interval if redraw_interval is None else arguments.whole(self, "redraw_interval", redraw_interval, 1)
-        self.seed, self.draws, self._calls = arguments.whole(self, "seed", seed, 0), 0, 0
+        self.seed = (_drawn(MOST_SEED + 1) or 0) if seed is None else arguments.whole(self, "seed", seed, 0, MOST_SEED)
         # (head_dim, features), as the original has it
         self.register_buffer("random_matrix", torch.empty(self.head_dim, num_random_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The features that its seed begins with, such as after `to_empty`; projections have a `reset_parameters` of their own."""
+        self._calls = 0
+        self._seen: dict[int | None, Tensor] = {}  # by what each call drew
         self.redraw(0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_random_features={self.features}, kernel_type={self.kernel_type!r}, causal={self.causal}"
 
     @torch.no_grad()
+    @torch.inference_mode(False)
     def redraw(self, draw: int | None = None) -> None:
-        """Draw features anew: those of the next draw, or of a given one."""
-        self.draws = self.draws + 1 if draw is None else draw
+        """Draw features anew: those of the next draw, or of a given one. The tensor is a new one: calls before may need theirs yet."""
+        self.draws = self.draws + 1 if draw is None else arguments.whole(self, "draw", draw, 0, MOST_SEED)
         if self.random_matrix.is_meta:
             return
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.draws)
-        rows = orthogonal_projection(self.features, self.head_dim, generator=generator, dtype=torch.float32)
-        self.random_matrix.copy_(rows.mT)
+        generator = torch.Generator().manual_seed((self.seed * APART + self.draws) & MOST_SEED)
+        rows = orthogonal_projection(self.features, self.head_dim, generator=generator, device="cpu", dtype=torch.float32)
+        self.random_matrix = torch.empty_like(self.random_matrix).copy_(rows.mT)
+
+    def _counted(self, interval: int) -> Tensor:
+        """The features of a call in training, after the redraw that is due."""
+        call = _drawn(2**62)
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass: an earlier call is computed again
+            return self._seen.get(call, self.random_matrix)
+        if self._calls and self._calls % interval == 0:
+            self.redraw()
+        self._calls += 1
+        if call is not None:
+            self._seen[call] = self.random_matrix
+            if len(self._seen) > REMEMBERED:
+                del self._seen[next(iter(self._seen))]
+        return self.random_matrix
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})
+        if prefix[:-1] in metadata:
+            metadata[prefix[:-1]]["redraws"] = (self.seed, self.draws, self._calls)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if "redraws" in local_metadata:
+            self.seed, self.draws, self._calls = local_metadata["redraws"]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
         """Project, attend, project back.
@@ -90,14 +144,11 @@ class PerformerAttention(Projections):
         """
         self.check_tokens("x", x)
         padding = _one_mask(self, x, mask, key_padding_mask)
+        features = self.random_matrix
         if self.training and self.redraw_interval and not torch.compiler.is_compiling():
-            if self._calls and self._calls % self.redraw_interval == 0:
-                self.redraw()
-            self._calls += 1
+            features = self._counted(self.redraw_interval)
         query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = performer_attention(
-            query, key, value, self.random_matrix.mT, kernel=self.kernel_type, causal=self.causal, key_padding_mask=padding
-        )
+        out = performer_attention(query, key, value, features.mT, kernel=self.kernel_type, causal=self.causal, key_padding_mask=padding)
         return self.output(nn.functional.dropout(out, self.dropout, self.training))
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -115,8 +166,7 @@ class PerformerAttention(Projections):
             ArgumentError: the module is not causal, or an argument is wrong; the message names it and what is allowed.
         """
         self.check_tokens("x", x)
-        if not self.causal:
-            raise ArgumentError(self.name, "causal", "is False; allowed for step: True, as earlier tokens cannot be gone back to")
+        _require_causal(self)
         query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         out, state = performer_attention(
             query, key, value, self.random_matrix.mT, kernel=self.kernel_type, causal=True, initial_state=state, return_state=True
@@ -147,6 +197,15 @@ class LinearSelfAttention(Projections):
         query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         out = linear_attention(query, key, value, causal=self.causal, key_padding_mask=padding)
         return self.output(nn.functional.dropout(out, self.dropout, self.training))
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `PerformerAttention.step`."""
+        self.check_tokens("x", x)
+        _require_causal(self)
+        query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out, state = linear_attention(query, key, value, causal=True, initial_state=state, return_state=True)
+        assert state is not None
+        return self.output(nn.functional.dropout(out, self.dropout, self.training)), state
 
 
 def _mamba(dim: int, num_heads: int, **options: Any) -> nn.Module:
@@ -195,7 +254,7 @@ class LinearAttentionBlock(nn.Module):
             if option not in allowed:
                 complaint = f"is no option of attention_type={attention_type!r}; allowed: {', '.join(allowed)}"
                 raise ArgumentError(self.name, option, complaint)
-        self.attention_type = attention_type
+        self.attention_type, self.dim = attention_type, dim
         place = {"device": device, "dtype": dtype}
         self.attention = make(dim=dim, num_heads=num_heads, dropout=dropout, **options, **place)
         self.ffn = nn.Sequential(
@@ -211,14 +270,39 @@ class LinearAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim); mask (B, N) boolean, True = ignore."""
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(self.name, "x", f"is a {type(x).__name__}; allowed: torch.Tensor")
+        if x.is_nested or x.ndim != 3 or x.shape[2] != self.dim:
+            found = "is a nested tensor" if x.is_nested else f"has shape {tuple(x.shape)}"
+            raise ArgumentError(self.name, "x", f"{found}; allowed: (B, N, {self.dim})")
+        _check_type(self, "mask", mask)
         x = x + self.attention(self.norm1(x), mask)
         out: Tensor = x + self.ffn(self.norm2(x))
         return out
 
 
+def _drawn(below: int) -> int | None:
+    """A number from torch's generator on the CPU; None where a tensor has no number of its own."""
+    if torch._C._are_functorch_transforms_active():
+        return None
+    drawn = torch.randint(below, (), device="cpu")
+    return int(drawn) if type(drawn) is Tensor else None
+
+
+def _require_causal(module: PerformerAttention | LinearSelfAttention) -> None:
+    if not module.causal:
+        raise ArgumentError(module.name, "causal", "is False; allowed for step: True, as earlier tokens cannot be gone back to")
+
+
 def _one_mask(module: Projections, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
     if mask is not None and key_padding_mask is not None:
         raise ArgumentError(module.name, "mask", "is given beside key_padding_mask; allowed: one of the two")
-    padding = key_padding_mask if mask is None else mask
-    module.check_mask("key_padding_mask" if mask is None else "mask", padding, tuple(x.shape[:2]))
+    padding, name = (key_padding_mask, "key_padding_mask") if mask is None else (mask, "mask")
+    _check_type(module, name, padding)
+    module.check_mask(name, padding, tuple(x.shape[:2]))
     return padding
+
+
+def _check_type(module: Any, argument: str, mask: object) -> None:
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ArgumentTypeError(module.name, argument, f"is a {type(mask).__name__}; allowed: torch.Tensor, boolean (True = ignore)")

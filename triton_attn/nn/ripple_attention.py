@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_attn import ArgumentError, linear_attention, ripple_attention
+from triton_attn import ArgumentError, arguments, linear_attention, ripple_attention
+from triton_attn.arguments import ArgumentTypeError
 from triton_attn.nn._inner_heads import InnerHeads
 
 
@@ -56,7 +57,7 @@ class RippleAttention(InnerHeads):
         self.variant = self.choice("variant", variant, ("spatial", "v1"))
         self.num_prefix_tokens = self.whole("num_prefix_tokens", num_prefix_tokens, 0)
         self.feature_map = self.choice("feature_map", feature_map, ("crelu", "relu", "elu"))
-        self.grid_size = grid_size if grid_size is None else (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = None if grid_size is None else self._grid(grid_size)
         factory, inner = {"device": device, "dtype": dtype}, heads * dim_head
         for projection in ("to_q", "to_k", "to_v"):
             setattr(self, projection, nn.Linear(dim, inner, bias=False, **factory))
@@ -73,6 +74,12 @@ class RippleAttention(InnerHeads):
     to_v: nn.Module
     pool_layers: nn.ModuleList
     expand_layers: nn.ModuleList
+
+    def _grid(self, given: object) -> tuple[int, int]:
+        if not isinstance(given, (list, tuple)) or len(given) != 2:
+            raise ArgumentTypeError(self.name, "grid_size", f"is {given!r}; allowed: (rows, columns), or None")
+        rows, columns = (arguments.whole(self, "grid_size", size, 1) for size in given)
+        return rows, columns
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_stages={self.num_stages}, variant={self.variant!r}, grid_size={self.grid_size}"

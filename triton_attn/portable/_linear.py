@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_attn.portable import _carried
+from triton_attn.portable._watched import watched
 from triton_attn.reference._features import count, features
 
 MOST = 1 << 19  # features at a time where nothing is causal, 2 MiB in float32: what does not leave the cache costs half
@@ -91,5 +92,6 @@ def _quotient(top: Tensor, bottom: Tensor, scale: float, eps: float | None, dtyp
     """Numerators by denominators, or without `eps` numerators alone."""
     factor = scale if eps is None else scale / (bottom * scale + eps)
     if eps is not None or scale != 1.0:
-        top = top * factor if top.requires_grad else top.mul_(factor)
+        # in place: fresh memory costs more; but what is mapped, or has a tangent, may be the factor alone
+        top = top * factor if top.requires_grad or watched(top) else top.mul_(factor)
     return top.to(dtype)

@@ -91,7 +91,7 @@ def _together(
 def _features(x: Tensor, projection: Tensor, scale: float, epsilon: float) -> tuple[Tensor, Tensor]:
     """(features of vectors relative to their largest, the logarithm of that)."""
     exponents = x @ (projection.mT * math.sqrt(scale))
-    # a constant to the gradient: whatever it is, it cancels
+    # a constant to the gradient, as in the original; it cancels where epsilon is 0
     largest = exponents.detach().amax(-1, keepdim=True)
     # in place: fresh memory costs more than these operations
     found = exponents.sub_(largest).exp_()
