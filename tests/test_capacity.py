@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,16 @@ def test_eight_bit_states_are_torchao_s_own() -> None:
     assert 3.0 < states[0] / states[1] < 4.0  # parameters of a few numbers stay as they are
 
 
+def test_torchao_is_imported_for_its_own_optimiser_alone() -> None:
+    code = """
+import sys
+from triton_attn.capacity import Setup, peak_of
+assert peak_of(Setup("tiny", component="attention", optimizer="none"), 64).bytes > 0
+assert "torchao" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("attention", ["dilated", "dense"])
 @pytest.mark.parametrize("component", ["attention", "multihead", "model"])
 def test_memory_grows_in_proportion_to_length(attention: str, component: str) -> None:
@@ -165,6 +177,8 @@ def test_bytes_are_readable(count: float, text: str) -> None:
         ({"attention": "flash"}, "attention is 'flash'; allowed: dilated, dense"),
         ({"dtype": "fp8"}, "dtype is 'fp8'; allowed: bf16, amp, float32"),
         ({"chunk": 0}, "chunk is 0; allowed: 1 and more"),
+        ({"component": "attention", "checkpointing": True}, "checkpointing is True with component 'attention'; allowed: with 'model'"),
+        ({"component": "multihead", "chunk": 64}, "chunk is 64 with component 'multihead'; allowed: with 'model' alone"),
     ],
 )
 def test_a_wrong_setup_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
@@ -211,6 +225,8 @@ def test_the_command_searches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--memory", "much"], "memory is 'much'; allowed: a number and one of MB, GB"),
         (["--memory", "0GB"], "memory is '0GB'"),
         (["--params", "7B"], "params is '7B'"),
+        (["--component", "attention", "--ladder"], "ladder is given with component 'attention'; allowed: with 'model' alone"),
+        (["--component", "multihead", "--checkpointing"], "checkpointing is True with component 'multihead'"),
         (["--optimizer", "sgd"], "optimizer is 'sgd'; allowed: adamw, adamw8bit, none"),
     ],
 )

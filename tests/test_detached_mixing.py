@@ -49,6 +49,18 @@ def torchscale(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Te
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_the_reference_is_a_loop_over_branches(causal: bool) -> None:
+    leaves = drawn()
+    with use_backend("reference"):
+        both = dilated_attention(*leaves, **PATTERN, causal=causal), torchscale(*leaves, causal=causal)
+        torch.testing.assert_close(*both)
+        detached = dilated_attention(*leaves, **PATTERN, causal=causal, detach_mixing=True)
+    weight = torch.randn_like(detached)
+    for a, b in zip(*(torch.autograd.grad(x, leaves, weight) for x in (detached, both[1])), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_output_and_gradients_are_torchscale_s(causal: bool) -> None:
     leaves = drawn()
     ours, theirs = dilated_attention(*leaves, **PATTERN, causal=causal, detach_mixing=True), torchscale(*leaves, causal=causal)

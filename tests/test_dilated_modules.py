@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_attn import ArgumentError, Unsupported, use_backend
+from triton_attn import ArgumentError, Unsupported, dilated_attention, use_backend
 from triton_attn import nn as ours
 from triton_attn.nn import (
     DilatedAttention,
@@ -103,6 +104,33 @@ def test_padding_is_absent_in_either_kind_of_mask(kind: type[MultiheadDilatedAtt
 
 
 @MULTIHEAD
+def test_a_mask_of_floats_is_not_looked_at_without_numbers(kind: type[MultiheadDilatedAttention]) -> None:
+    module, x = kind(E, H, **PATTERN, device="meta"), torch.empty(2, N, E, device="meta")
+    assert module(x, key_padding_mask=torch.zeros(2, N, device="meta"))[0].shape == x.shape
+
+
+@MULTIHEAD
+def test_the_scale_of_the_scores_is_the_call_s(kind: type[MultiheadDilatedAttention]) -> None:
+    torch.manual_seed(0)
+    scaled, plain, x = kind(E, H, **PATTERN, softmax_scale=0.0, **DOUBLE), kind(E, H, **PATTERN, **DOUBLE), torch.randn(1, N, E, **DOUBLE)
+    plain.load_state_dict(scaled.state_dict())
+    assert not torch.equal(scaled(x)[0], plain(x)[0])
+    with torch.no_grad():  # all scores are 0 where queries are
+        (plain.qkv_proj.weight[:E] if plain.fused else plain.q_proj.weight).zero_()
+    close(scaled(x)[0], plain(x)[0])
+
+
+def test_numbers_may_be_numpy_s_and_ranges() -> None:
+    numpy = pytest.importorskip("numpy")
+    q, k, v = (x.detach() for x in heads())
+    wanted = DilatedAttention((4, 8), (1, 2))(q, k, v)
+    for lengths, rates in ((list(numpy.array([4, 8])), (1, 2)), (range(4, 9, 4), range(1, 3))):
+        assert torch.equal(DilatedAttention(lengths, rates)(q, k, v), wanted)
+        out = dilated_attention(*(x.transpose(1, 2) for x in (q, k, v)), segment_lengths=lengths, dilation_rates=rates)
+        assert torch.equal(out.transpose(1, 2), wanted)
+
+
+@MULTIHEAD
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_it_compiles_in_one_graph_and_every_parameter_learns(kind: type[MultiheadDilatedAttention], backend: str) -> None:
     torch.manual_seed(1)
@@ -128,6 +156,9 @@ def test_it_stands_in_a_transformer_layer(kind: type[MultiheadDilatedAttention])
     attended = layer.norm1(x + module(x, key_padding_mask=mask)[0])
     expected = layer.norm2(attended + layer.linear2(layer.linear1(attended).relu()))
     close(layer(x, src_key_padding_mask=mask), expected)
+    close(layer.eval()(x, src_key_padding_mask=mask), expected)  # torch's fused call for layers is not taken
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    close(encoder(x, src_key_padding_mask=mask), layer(expected, src_key_padding_mask=mask))
 
 
 def test_magneto_s_gains() -> None:
@@ -156,6 +187,30 @@ def test_tf32_is_allowed_inside_of_the_call_alone(monkeypatch: pytest.MonkeyPatc
         ImprovedDilatedAttention(**PATTERN, use_tf32=asked)(q, k, v)
     assert seen == ["high", "highest", before]
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.fixture
+def backend_s_own() -> Iterator[Any]:
+    """cuda.matmul's own setting, after which torch refuses to tell the common one."""
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    yield backend
+    backend.fp32_precision = before
+
+
+def test_tf32_bears_a_backend_s_own_setting(backend_s_own: Any) -> None:
+    q, k, v = (x.detach().float() for x in heads())
+    ImprovedDilatedAttention(**PATTERN, use_tf32=False)(q, k, v)
+    assert backend_s_own.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_tf32_leaves_one_graph(asked: bool) -> None:
+    q, k, v = (x.detach().float() for x in heads())
+    module = ImprovedDilatedAttention(**PATTERN, use_tf32=asked)
+    out = torch.compile(module, fullgraph=True, backend="eager")(q, k, v)
+    torch.testing.assert_close(out, module(q, k, v), rtol=1e-4, atol=1e-5)
 
 
 # the originals' defects
@@ -218,9 +273,9 @@ STATES: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[], dict[str,
     "DarcStar, second layout, three projections": (
         from_darcstar,
         lambda: {**three(), **norm("q_ln"), **norm("k_ln")},
-        {"qk_norm": True, "layer_norm": False},
+        {"qk_norm": True},
     ),
-    "torchscale": (from_torchscale, lambda: {**three(), **norm("inner_attn_ln"), "xpos.scale": torch.ones(2)}, {}),
+    "torchscale": (from_torchscale, lambda: {**three(), **norm("inner_attn_ln")}, {}),
 }
 
 
@@ -236,6 +291,20 @@ def test_an_original_s_state_loads_into_both_classes_alike(
     torch.testing.assert_close(*outs)
 
 
+def test_darcstar_s_second_layout_normalises_thrice() -> None:
+    """Its q_ln stands before and behind the attention."""
+    given, x = {**three(), **norm("q_ln"), **norm("k_ln")}, torch.randn(2, N, E)
+    module = MultiheadDilatedAttention(E, H, **PATTERN, qk_norm=True)
+    module.load_state_dict(from_darcstar(given, improved=False))
+
+    def normal(y: Tensor, name: str) -> Tensor:
+        return F.layer_norm(y, (E,), given[f"{name}.weight"], given[f"{name}.bias"])
+
+    q, k, v = normal(module.q_proj(x), "q_ln"), normal(module.k_proj(x), "k_ln"), module.v_proj(x)
+    out = module.attention(*(y.unflatten(-1, (H, -1)) for y in (q, k, v))).flatten(2)
+    torch.testing.assert_close(module(x)[0], module.out_proj(normal(out, "q_ln")))
+
+
 def test_an_unknown_name_in_a_state_is_said() -> None:
     with pytest.raises(ArgumentError, match=r"from_torchscale: state lacks v_proj.weight; has unknown w_proj.weight"):
         from_torchscale({**linear("q_proj"), **linear("k_proj"), **linear("out_proj"), "w_proj.weight": torch.ones(1)})
@@ -247,6 +316,24 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "heads": (lambda: MultiheadDilatedAttention(E, 5, **PATTERN), "num_heads is 5; allowed: a divisor of embed_dim, 12"),
     "an op": (lambda: DilatedAttention(**PATTERN, op="cutlass"), "op is 'cutlass'; allowed: None"),  # type: ignore[arg-type]
     "a mode": (lambda: DilatedAttention(**PATTERN, mode="ring"), "mode is 'ring'; allowed: 'longnet', 'head_group'"),
+    "dropout": (lambda: MultiheadDilatedAttention(E, H, **PATTERN, dropout=2), "MultiheadDilatedAttention: dropout is 2; allowed: 0 to 1"),
+    "dropout of the call": (lambda: ImprovedDilatedAttention(**PATTERN, dropout=2), "ImprovedDilatedAttention: dropout is 2"),
+    "the module's mode": (lambda: MultiheadDilatedAttention(E, H, **PATTERN, mode="ring"), "MultiheadDilatedAttention: mode is 'ring'"),
+    "a gain": (lambda: MultiheadDilatedAttention(E, H, **PATTERN, gamma_init=-1), "gamma_init is -1; allowed: 0 and more"),
+    "an epsilon": (lambda: MultiheadDilatedAttention(E, H, **PATTERN, layer_norm_eps="x"), "layer_norm_eps is 'x'"),  # type: ignore[arg-type]
+    "a flag": (lambda: MultiheadDilatedAttention(E, H, **PATTERN, layer_norm="yes"), "layer_norm is 'yes', a str"),  # type: ignore[arg-type]
+    "a bias": (lambda: MultiheadDilatedAttention(E, H, **PATTERN, bias=3), "bias is 3, a int; allowed: True, False"),  # type: ignore[arg-type]
+    "truths": (lambda: DilatedAttention([True], [1]), "segment_lengths is [True]; allowed: a sequence of whole numbers"),
+    "a list for a mask": (
+        lambda: MultiheadDilatedAttention(E, H, **PATTERN)(torch.ones(1, 9, E), key_padding_mask=[1]),
+        "key_padding_mask is a list; allowed: None or torch.Tensor",
+    ),
+    "a state with xpos": (lambda: from_torchscale({**three(), "xpos.scale": torch.ones(2)}), "state has xpos.scale: its queries"),
+    "a state of a number": (lambda: from_darcstar(5), "state is a int; allowed: a mapping"),  # type: ignore[arg-type]
+    "a state without a bias": (
+        lambda: from_torchscale({name: x for name, x in three().items() if name != "k_proj.bias"}, improved=True),
+        "state lacks k_proj.bias",
+    ),
     "another length": (lambda: ours.MultiheadDilatedAttention(E, H, **PATTERN)(torch.ones(2, 9, E), torch.ones(2, 8, E)), "key has shape"),
     "a mask of numbers": (
         lambda: MultiheadDilatedAttention(E, H, **PATTERN)(torch.ones(1, 9, E), key_padding_mask=torch.ones(1, 9)),

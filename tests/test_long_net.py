@@ -90,6 +90,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "odd heads": ({"heads": 3}, "heads is 3; allowed: a divisor of dim / 2, 8"),
     "rates alone": ({"segment_lengths": None}, "are not both given"),
     "a position": ({"position": "alibi"}, "position is 'alibi'; allowed: 'xpos', 'rotary'"),
+    "a rule": ({"offset_rule": "paper"}, "LongNet: offset_rule is 'paper'"),
+    "a mode of a dense model": ({"segment_lengths": None, "dilation_rates": None, "mode": "ring"}, "mode is 'ring'"),
+    "an overlap": ({"overlap": "twice"}, "overlap is 'twice'"),
+    "a base of nothing": ({"xpos_scale_base": 0}, "xpos_scale_base is 0; allowed: above 0"),
+    "a negative ratio": ({"mlp_ratio": -1}, "mlp_ratio is -1; allowed: 1 / dim and more"),
+    "no ratio": ({"mlp_ratio": float("nan")}, "mlp_ratio is nan; allowed: a finite number"),
+    "a ratio of letters": ({"mlp_ratio": "a"}, "mlp_ratio is 'a'"),
     "the other order": ({"segment_lengths": (1, 2), "dilation_rates": (4, 8)}, "looks like the other order"),
 }
 
@@ -131,3 +138,70 @@ def test_xpos_says_how_far_its_factors_reach() -> None:
 def test_a_loss_needs_two_tokens(shape: tuple[int, ...]) -> None:
     with pytest.raises(ArgumentError, match="tokens has shape"):
         model().loss(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_half_the_bits_hold_fewer_factors() -> None:
+    rotary, cpu = Rotary(8, 512.0), torch.device("cpu")
+    *_, factor = rotary(6790, cpu, torch.float16)
+    assert factor is not None
+    assert max(factor.max(), 1 / factor.min()) <= 2**12
+    rotary(20000, cpu, torch.bfloat16)
+    with pytest.raises(ArgumentError, match=r"has 12000 of them; allowed with xpos in float16: up to 6798, or position='rotary'"):
+        rotary(12000, cpu, torch.float16)
+
+
+def test_a_model_in_float16_says_how_far_it_reaches() -> None:
+    network, given = model(dtype=torch.float32, xpos_scale_base=1.0), tokens()
+    assert network(given).isfinite().all()
+    with pytest.raises(ArgumentError, match="allowed with xpos in float16: up to 13"), torch.autocast("cpu", torch.float16):
+        network(given)
+    with pytest.raises(ArgumentError, match="allowed with xpos in float16: up to 13"):
+        network.half()(given)
+
+
+def test_a_cast_leaves_the_frequencies_alone() -> None:
+    made, cast = model(dtype=torch.bfloat16), model(dtype=torch.bfloat16).bfloat16()
+    long = torch.zeros(1, 300, dtype=torch.int64)
+    assert torch.equal(made(long), cast(long))
+
+
+@pytest.mark.parametrize("how", ["assigned", "made empty"])
+def test_a_model_made_on_meta_is_the_same_model(how: str) -> None:
+    network, later = model(), model(device="meta")
+    if how == "made empty":
+        later = later.to_empty(device="cpu")
+    later.load_state_dict(network.state_dict(), assign=how == "assigned")
+    assert torch.equal(later(tokens()), network(tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_may_be_narrow(dtype: torch.dtype) -> None:
+    network, given = model(), tokens()
+    assert torch.equal(network(given.to(dtype)), network(given))
+    assert torch.equal(network.loss(given.to(dtype)), network.loss(given))
+    assert network.generate(given.to(dtype), 2, temperature=0).tolist() == network.generate(given, 2, temperature=0).tolist()
+
+
+def test_no_tokens_have_no_logits_and_nothing_follows_them() -> None:
+    network, none = model(), tokens()[:, :0]
+    assert network(none).shape == (2, 0, 11)
+    with pytest.raises(ArgumentError, match=r"tokens has shape \(2, 0\); allowed: \(B, N\), N of 1 and more"):
+        network.generate(none, 3)
+
+
+@pytest.mark.parametrize("given", [[[1, 2]], torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)], ids=["list", "floats", "truths"])
+def test_wrong_tokens_are_named(given: Any) -> None:
+    network = model()
+    for call in (network, network.loss, lambda x: network.generate(x, 1)):
+        with pytest.raises(ArgumentError, match="tokens is "):
+            call(given)
+
+
+def test_generation_drops_nothing_and_goes_on_learning() -> None:
+    network = model(dropout=0.9).train()
+    network.norm.eval()
+    expected = network.generate(tokens(), 6, temperature=0)
+    assert network.training
+    assert network.blocks[0].training
+    assert not network.norm.training
+    assert torch.equal(expected, network.eval().generate(tokens(), 6, temperature=0))

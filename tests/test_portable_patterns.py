@@ -206,3 +206,76 @@ def test_a_second_derivative_of_branches_is_refused() -> None:
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="not implemented"):
         torch.autograd.grad(first.sum(), x)
+
+
+PACKED = torch.tensor([0, 30, 96])
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("attention", {}),
+    "dense, causal": ("attention", {"causal": True}),
+    "packed": ("attention_varlen", {"cu_seqlens_q": PACKED, "cu_seqlens_k": PACKED}),
+    "packed, causal": ("attention_varlen", {"cu_seqlens_q": PACKED, "cu_seqlens_k": PACKED, "causal": True}),
+    "stride": ("strided_attention", {"stride": 4}),
+    "stride, causal": ("strided_attention", {"stride": 4, "causal": True}),
+    "stride and own key": ("strided_attention", {"stride": 4, "include_self": True}),
+    "subset": ("subset_attention", {"indices": torch.tensor([0, 7, 33]), "include_self": False}),
+    "subset and own key": ("subset_attention", {"indices": torch.tensor([0, 7, 33])}),
+    "short band": ("local_global_attention", {"window": 8}),
+    "band": ("local_global_attention", {"window": 40, "global_tokens": 3}),
+    "band, causal": ("local_global_attention", {"window": 40, "global_tokens": 3, "causal": True}),
+    "branches": ("dilated_attention", {"segment_lengths": (16, 64), "dilation_rates": (1, 4)}),
+    "branches, causal": ("dilated_attention", {"segment_lengths": (16, 64), "dilation_rates": (1, 4), "causal": True}),
+    "branches, detached": ("dilated_attention", {"segment_lengths": (16, 64), "dilation_rates": (1, 4), "detach_mixing": True}),
+}
+
+
+def drawn(label: str) -> list[Tensor]:
+    shape = (96, 2, 8) if label.startswith("packed") else (1, 2, LONG if label.startswith("band") else 96, 8)
+    return [torch.randn(shape) for _ in range(3)]
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same numbers, those of a row not side by side: channels first, NaN between them."""
+    wide = torch.full((*x.shape[:-2], x.shape[-1], 2 * x.shape[-2]), torch.nan)
+    wide[..., ::2] = x.mT
+    return wide[..., ::2].mT
+
+
+def computed(label: str, given: list[Tensor], weight: Tensor, backend: str = "portable", **more: Any) -> list[Tensor]:
+    name, options = FUSED[label]
+    leaves = [x.detach().requires_grad_() for x in given]
+    with use_backend(backend):
+        out = CATALOG[name].function(*leaves, **options, **more)
+    return [out, *torch.autograd.grad(out, leaves, weight)]
+
+
+@pytest.mark.parametrize("label", FUSED)
+def test_numbers_of_a_row_may_lie_apart(label: str) -> None:
+    """Fused operators read a row's numbers side by side, whatever the stride says."""
+    given = drawn(label)
+    weight = torch.randn_like(given[0])
+    expected = computed(label, given, weight)
+    for which in range(4):
+        strided = [apart(x) if which in (i, 3) else x for i, x in enumerate(given)]  # at last all of them and the output's gradient
+        found = computed(label, strided, apart(weight) if which == 3 else weight)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_of_a_narrow_row_may_lie_apart(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 8, 96).to(dtype)
+    name, options = FUSED["branches"]
+    with use_backend("portable"):
+        found, expected = (CATALOG[name].function(y, y, y, **options) for y in (x.mT, x.mT.contiguous()))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1e-50])
+@pytest.mark.parametrize("label", FUSED)
+def test_a_scale_may_be_any_finite_number(label: str, scale: float) -> None:
+    """Fused operators multiply the -inf of a key that causality hides by the scale."""
+    given = drawn(label)
+    weight = torch.randn_like(given[0])
+    found, expected = (computed(label, given, weight, backend, scale=scale) for backend in ("portable", "reference"))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, equal_nan=False)

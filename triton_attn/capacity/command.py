@@ -30,12 +30,12 @@ def capacity(
     memory: Annotated[str, typer.Option(help="What the step may hold, like 80GB.")] = "80GB",
     dtype: Annotated[str, typer.Option(help="bf16 (all of it), amp (float32 parameters, autocast) or float32.")] = "bf16",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit (torchao's) or none.")] = "adamw",
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute blocks again in the backward pass.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute blocks again in the backward pass; a model's.")] = False,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Tokens through an MLP at a time; a sixteenth of them through the logits.")
+        int | None, typer.Option(min=1, help="Tokens through a model's MLP at a time; a sixteenth of them through the logits.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
-    ladder: Annotated[bool, typer.Option("--ladder", help="Plain, then with each saving added: what bought what.")] = False,
+    ladder: Annotated[bool, typer.Option("--ladder", help="A model plain, then with each saving added: what bought what.")] = False,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Count at this length instead of searching; may be repeated.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw memory against length there: .png or .svg.")] = None,
     as_json: Json = False,
@@ -47,6 +47,8 @@ def capacity(
     from triton_attn.report import terminal
 
     allowed = _bytes(memory)
+    if ladder and component != "model":
+        raise BadArgument(f"ladder is given with component {component!r}; allowed: with 'model' alone, which has what it adds")
     try:
         setups = [
             setup

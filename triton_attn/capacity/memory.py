@@ -42,7 +42,7 @@ def peak_of(setup: Setup, length: int) -> Peak:
 
 def count(make: Callable[[], Step]) -> tuple[int, dict[str, int]]:
     """The bytes at the worst moment of the second run of a step that is made on shapes, and how they divide into KINDS."""
-    with FakeTensorMode(allow_non_fake_inputs=True), dispatch.simulate_kernels(), _known_maps():
+    with FakeTensorMode(allow_non_fake_inputs=True), dispatch.simulate_kernels():
         return _counted(make())
 
 
@@ -71,18 +71,6 @@ def _counted(step: Step) -> tuple[int, dict[str, int]]:
 def _states(step: Step) -> list[Tensor]:
     state = getattr(step.optimizer, "state", [])
     return [x for x in tree_leaves(dict(state) if isinstance(state, dict) else state) if isinstance(x, Tensor)]
-
-
-@contextlib.contextmanager
-def _known_maps() -> Iterator[None]:
-    """torchao computes its tables of quantised values from real numbers, once."""
-    with contextlib.suppress(ImportError):
-        from torchao.optim import subclass_8bit
-
-        with unset_fake_temporarily():
-            subclass_8bit.get_qmap_signed()
-            subclass_8bit.get_qmap_unsigned()
-    yield
 
 
 class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from triton_attn import ArgumentError, attention, dilated_attention
 from triton_attn.models import LongNet
@@ -47,7 +48,8 @@ class Setup:
     """What is trained, and how.
 
     `params`: a name of MODELS. `component`: the whole model, one multihead module, or the attention call alone. `dtype`: "bf16" for
-    everything in bfloat16, "amp" for float32 parameters under autocast to bfloat16, "float32". `checkpointing`, `chunk`: LongNet's.
+    everything in bfloat16, "amp" for float32 parameters under autocast to bfloat16, "float32". `checkpointing`, `chunk`: LongNet's, which
+    its parts do not have.
     """
 
     params: str = "125M"
@@ -75,6 +77,9 @@ class Setup:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise ArgumentError(NAME, name, f"is {given}; allowed: 1 and more")
+        for name in ("checkpointing", "chunk"):
+            if getattr(self, name) and self.component != "model":
+                raise ArgumentError(NAME, name, f"is {getattr(self, name)} with component {self.component!r}; allowed: with 'model' alone")
 
 
 class Step(NamedTuple):
@@ -155,8 +160,11 @@ class EightBit:
     """torchao's AdamW8bit: its state, made by itself. Its update, a compiled kernel that works in place, is not run."""
 
     def __init__(self, module: nn.Module) -> None:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit, subclass_8bit
 
+        with unset_fake_temporarily():  # torchao computes its tables of quantised values from real numbers, once
+            subclass_8bit.get_qmap_signed()
+            subclass_8bit.get_qmap_unsigned()
         self.inner, self.state = AdamW8bit(module.parameters()), list[Tensor]()
         self.param_groups = self.inner.param_groups
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from triton_attn.reference.dilated_attention import bound, offset_of
 from triton_attn.reference.dilated_attention import dilated_attention as reference
 
 RIDERS: Options = {"causal": True, "key_padding_mask": "random", "dropout_p": 0.1}
+LONGEST = 2**31 - 1  # tokens, and programs of a launch
 MODES, RULES, OVERLAPS = ("longnet", "head_group"), ("block", "mod"), ("count", "unique")
 
 
@@ -44,11 +48,11 @@ def dilated_attention(
     mixing. Cost O(N sum_b w_b / r_b^2).
 
     Args:
-        query: (B, H, N, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
+        query: (B, H, N, D), float16, bfloat16, float32 or float64. Any strides; kernels never copy an argument for its layout.
         key: (B, Hk, N, D); Hk divides H, and query head h uses key head h // (H / Hk).
         value: (B, Hk, N, E). D and E of any size, powers of two or not; kernels serve up to 256.
         segment_lengths: w of each branch, 1 and more, any numbers in any order. The last segment is short where N ends.
-        dilation_rates: r of each branch, 1 and more.
+        dilation_rates: r of each branch, 1 and more; from w on it selects one token of a segment.
         mode: "longnet": every head takes part in every branch. "head_group": heads in contiguous groups, the first ones larger by
             one, each in one branch, with phase b mod r_b.
         offset_rule: which tokens of a segment head h selects: those at phase o, o + r, ... With "block" o = h // ceil(H / r), with
@@ -76,11 +80,12 @@ def dilated_attention(
     tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "seed": None}
     sizes = softmax.check(ROW, tensors)
     lengths, rates = (
-        arguments.whole_numbers(ROW, name, given)
+        arguments.whole_numbers(ROW, name, _listed(given))
         for name, given in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates))
     )
     if len(lengths) != len(rates):
         raise arguments.ArgumentError(ROW.name, "dilation_rates", f"has {len(rates)} numbers; allowed: {len(lengths)}, as segment_lengths")
+    lengths, rates = _bounded(lengths, rates, sizes["h"])
     # a head's only branch is not mixed
     detached = arguments.flag(ROW, "detach_mixing", detach_mixing) and mode == "longnet" and len(lengths) > 1
     if detached and overlap == "unique":
@@ -95,6 +100,34 @@ def dilated_attention(
         **softmax.common_options(ROW, sizes, causal, scale, dropout_p),
     }
     return operators.run(ROW, tensors, options, return_lse)
+
+
+def _listed(given: Any) -> Any:
+    """Ranges and numpy's numbers as Python's; what is neither is left for the check."""
+    if isinstance(given, range):
+        return list(given)
+    if isinstance(given, (list, tuple)) and not all(isinstance(number, int) for number in given):
+        with suppress(TypeError):
+            return [number if isinstance(number, int) else operator.index(number) for number in given]
+    return given
+
+
+def _bounded(lengths: list[int], rates: list[int], heads: int) -> tuple[list[int], list[int]]:
+    """The same branches in numbers that every loop and every machine integer bears: no sequence has more tokens, and a rate beyond the
+    segment, the heads and the branches selects what this bound selects.
+    """
+    lengths = [min(length, LONGEST) for length in lengths]
+    pairs = zip(lengths, rates, strict=True)
+    return lengths, [rate if rate <= length else min(rate, max(length, heads, len(rates))) for length, rate in pairs]
+
+
+def _refused(tensors: Tensors, options: Options) -> list[str]:
+    """Each class of rows modulo the least common multiple of the rates takes a program of each head."""
+    classes, query = math.lcm(*options["dilation_rates"]), tensors["query"]
+    found = softmax.too_wide(tensors, options)
+    if query is not None and classes * query.shape[1] > LONGEST:
+        found.append(f"dilation_rates have the least common multiple {classes}; kernels serve up to {LONGEST // query.shape[1]}")
+    return found
 
 
 def _pointers() -> Code:
@@ -146,7 +179,7 @@ ROW = Mechanism(
     reference=reference,
     portable=portable,
     bound=bound,
-    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, softmax.too_wide),),
+    kernels=(Kernel("pointers", softmax.COMPILED, _pointers, softmax.LAUNCHES, _refused),),
     inputs=softmax.inputs("m"),
     options={
         "segment_lengths": "int[]",

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_attn import ArgumentError, arguments, attention, dilated_attention
 from triton_attn.nn import magneto_gain
-from triton_attn.nn.dilated_attention import pattern
+from triton_attn.nn.dilated_attention import how, pattern
 
 POSITIONS = ("xpos", "rotary")
 
@@ -29,8 +29,9 @@ class LongNet(nn.Module):
         segment_lengths, dilation_rates: of the branches; None for both: dense attention.
         mlp_ratio: width inside of the MLP over dim.
         dropout: of attention weights and of what blocks add.
-        position: "rotary", or "xpos": rotary with queries and keys scaled by their distance.
-        xpos_scale_base: tokens over which "xpos" decays by its factor.
+        position: "rotary", or "xpos": rotary with queries and keys scaled by their distance. The scales of "xpos" grow with the length and
+            leave float16 at 13 tokens for each of xpos_scale_base, other dtypes at 140: longer inputs are refused.
+        xpos_scale_base: tokens over which "xpos" decays by its factor, above 0.
         mode, offset_rule, overlap: as in `triton_attn.dilated_attention`.
         checkpointing: keep what enters a block, and compute its inside again in the backward pass.
         chunk: tokens that go through an MLP at a time; a sixteenth of them goes through the wider logits of `loss`. The inside of either is
@@ -78,12 +79,17 @@ class LongNet(nn.Module):
         if segment_lengths is not None and dilation_rates is not None:
             lengths, rates = pattern(self, segment_lengths, dilation_rates)
             options = {"segment_lengths": lengths, "dilation_rates": rates, "mode": mode, "offset_rule": offset_rule, "overlap": overlap}
+        how(self, mode, offset_rule, overlap)
         arguments.choice(self, "position", position, POSITIONS)
+        if arguments.finite(self, "xpos_scale_base", xpos_scale_base) <= 0:
+            raise ArgumentError(self.name, "xpos_scale_base", f"is {xpos_scale_base}; allowed: above 0")
+        hidden = round(arguments.finite(self, "mlp_ratio", mlp_ratio) * dim)
+        if hidden < 1:
+            raise ArgumentError(self.name, "mlp_ratio", f"is {mlp_ratio}; allowed: 1 / dim and more")
         factory = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(num_tokens, dim, **factory)
         self.positions = Rotary(dim // heads, xpos_scale_base if position == "xpos" else None)
         arguments.probability(self, "dropout", dropout)
-        hidden = round(mlp_ratio * dim)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, options, self.chunk, factory) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, **factory)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
@@ -96,12 +102,13 @@ class LongNet(nn.Module):
         return type(self).__name__
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N) whole numbers -> (B, N, num_tokens), logits of what follows each."""
+        """(B, N) whole numbers, N of 0 and more -> (B, N, num_tokens), logits of what follows each."""
         return F.linear(self.norm(self._states(tokens)), self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """The mean cross entropy, in nats, of each of (B, N + 1) tokens after those before it; with `chunk` the logits are never whole."""
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
+        tokens = self._whole(tokens)
+        if tokens.shape[1] < 2:
             raise ArgumentError(self.name, "tokens", f"has shape {tuple(tokens.shape)}; allowed: (B, N + 1), N of 1 and more")
         states, targets = self._states(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
         if self.chunk is None:
@@ -113,13 +120,22 @@ class LongNet(nn.Module):
 
     def _entropy(self, states: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.norm(states), self.embedding.weight)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.long(), reduction="sum")
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        """Tokens in a dtype that an embedding takes."""
+        if not isinstance(tokens, Tensor):
+            raise arguments.ArgumentTypeError(self.name, "tokens", f"is a {type(tokens).__name__}; allowed: torch.Tensor")
+        if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+            raise arguments.ArgumentTypeError(self.name, "tokens", f"is {tokens.dtype}; allowed: whole numbers")
+        if tokens.ndim != 2:
+            raise ArgumentError(self.name, "tokens", f"has shape {tuple(tokens.shape)}; allowed: (B, N)")
+        return tokens if tokens.dtype == torch.int32 else tokens.long()
 
     def _states(self, tokens: Tensor) -> Tensor:
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ArgumentError(self.name, "tokens", f"is {tokens.dtype} of shape {tuple(tokens.shape)}; allowed: whole numbers, (B, N)")
+        tokens = self._whole(tokens)
         x: Tensor = self.embedding(tokens)
-        turns = self.positions(tokens.shape[1], tokens.device)
+        turns = self.positions(tokens.shape[1], x.device, arguments.working_dtype(x, arguments.autocast_dtype(x.device.type)))
         for block in self.blocks:
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, turns, use_reentrant=False) if again else block(x, turns)
@@ -141,50 +157,58 @@ class LongNet(nn.Module):
             generator: what draws.
 
         Returns:
-            (B, N + length).
+            (B, N + length), int32 where tokens are, else int64. Dropout is off meanwhile.
 
         Raises:
             ArgumentError: an argument is wrong; the message names it and what is allowed.
         """
+        tokens = self._whole(tokens)
+        if tokens.shape[1] < 1:
+            raise ArgumentError(self.name, "tokens", f"has shape {tuple(tokens.shape)}; allowed: (B, N), N of 1 and more")
         arguments.whole(self, "length", length, 0)
         if arguments.finite(self, "temperature", temperature) < 0:
             raise ArgumentError(self.name, "temperature", f"is {temperature}; allowed: 0 and more")
-        for _ in range(length):
-            logits = self(tokens)[:, -1].float()
-            if top_k is not None:
-                least = logits.topk(min(arguments.whole(self, "top_k", top_k, 1), logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            if temperature == 0:
-                drawn = logits.argmax(-1, keepdim=True)
-            else:
-                drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, drawn.to(tokens.dtype)), 1)
+        least = None if top_k is None else min(arguments.whole(self, "top_k", top_k, 1), self.embedding.num_embeddings)
+        learning = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            for _ in range(length):
+                logits = self(tokens)[:, -1].float()
+                if least is not None:
+                    logits = logits.masked_fill(logits < logits.topk(least).values[:, -1:], -torch.inf)
+                if temperature == 0:
+                    drawn = logits.argmax(-1, keepdim=True)
+                else:
+                    drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                tokens = torch.cat((tokens, drawn.to(tokens.dtype)), 1)
+        finally:
+            for module in learning:
+                module.training = True
         return tokens
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of each position and frequency 10000^(-2 i / width), and xpos's factors."""
-
-    frequency: Tensor
+    """Cosines and sines of each position and frequency 10000^(-2 i / width), and xpos's factors; in float32, whatever the model's dtype."""
 
     def __init__(self, width: int, scale_base: float | None) -> None:
         super().__init__()
-        even = torch.arange(0, width, 2, dtype=torch.float32)
         self.scale_base, self.width = scale_base, width
-        self.register_buffer("frequency", 10000.0 ** (-even / width), persistent=False)
 
-    def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(cos, sin, factor), each (N, width / 2); a query is multiplied by factor, a key divided by it."""
+    def forward(self, length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(cos, sin, factor), each (N, width / 2); a query is multiplied by factor, a key divided by it, and then they are of the dtype."""
         place = torch.arange(length, device=device, dtype=torch.float32)[:, None]
-        angle = place * self.frequency.to(device)
+        even = torch.arange(0, self.width, 2, device=device, dtype=torch.float32)
+        angle = place * 10000.0 ** (-even / self.width)
         if self.scale_base is None:
             return angle.cos(), angle.sin(), None
-        # at the ends the first factor is 3.5 ** (length / 2 / base), which float32 holds up to 2 ** 127
-        most = int(2 * self.scale_base * 127 * math.log(2) / math.log(3.5))
+        # at the ends the first factor is 3.5 ** (length / 2 / base): float32 holds 2 ** 127, float16 2 ** 12 with a query in it
+        largest = 12 if dtype == torch.float16 else 127
+        most = int(2 * self.scale_base * largest * math.log(2) / math.log(3.5))
         if length > most:
             instead = f"position='rotary' or an xpos_scale_base from {math.ceil(length / most * self.scale_base)}"
-            raise ArgumentError("LongNet", "tokens", f"has {length} of them; allowed with xpos: up to {most}, or {instead}")
-        decay = (torch.arange(0, self.width, 2, device=device) + 0.4 * self.width) / (1.4 * self.width)
+            held = "xpos in float16" if dtype == torch.float16 else "xpos"
+            raise ArgumentError("LongNet", "tokens", f"has {length} of them; allowed with {held}: up to {most}, or {instead}")
+        decay = (even + 0.4 * self.width) / (1.4 * self.width)
         return angle.cos(), angle.sin(), decay ** ((place - length // 2) / self.scale_base)
 
 
@@ -221,7 +245,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
         b, n, dim = x.shape
-        query, key, value = self.qkv_proj(self.attn_norm(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = self.qkv_proj(self.attn_norm(x)).view(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         cos, sin, factor = turns
         query = turned(query, cos, sin) if factor is None else turned(query, cos * factor, sin * factor)
         key = turned(key, cos, sin) if factor is None else turned(key, cos / factor, sin / factor)

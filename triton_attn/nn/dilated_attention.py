@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -54,10 +55,7 @@ class DilatedAttention(nn.Module):
         self.segment_lengths, self.dilation_rates = pattern(self, segment_lengths, dilation_rates)
         self.softmax_scale = None if softmax_scale is None else arguments.finite(self, "softmax_scale", softmax_scale)
         self.attention_dropout = arguments.probability(self, "attention_dropout", attention_dropout)
-        self.mode = arguments.choice(self, "mode", mode, MODES)
-        self.offset_rule = arguments.choice(self, "offset_rule", offset_rule, RULES)
-        self.overlap = arguments.choice(self, "overlap", overlap, OVERLAPS)
-        self.detach_mixing = arguments.flag(self, "detach_mixing", detach_mixing)
+        self.mode, self.offset_rule, self.overlap, self.detach_mixing = how(self, mode, offset_rule, overlap, detach_mixing)
 
     @property
     def name(self) -> str:
@@ -107,7 +105,7 @@ class ImprovedDilatedAttention(DilatedAttention):
         dilation_rates: of each branch.
         dropout: share of attention weights dropped in training.
         use_tf32: whether float32 products of the forward call may be rounded to TF32; None: torch's own setting, which it never changes
-            beyond the call.
+            beyond the call. Compiled, it is not looked at: a graph computes as torch's setting has it when the graph runs.
         softmax_scale, mode, offset_rule, overlap, detach_mixing: as in `DilatedAttention`.
 
     Raises:
@@ -126,12 +124,14 @@ class ImprovedDilatedAttention(DilatedAttention):
         softmax_scale: float | None = None,
         **options: Any,
     ) -> None:
+        arguments.probability(self, "dropout", dropout)
         super().__init__(segment_lengths, dilation_rates, softmax_scale, dropout, **options)
         self.use_tf32 = use_tf32 if use_tf32 is None else arguments.flag(self, "use_tf32", use_tf32)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, key_padding_mask: Tensor | None = None) -> Tensor:
         """As `DilatedAttention.forward`."""
-        if self.use_tf32 is None:
+        # no graph can hold a change of the setting
+        if self.use_tf32 is None or torch.compiler.is_compiling():
             return super().forward(query, key, value, is_causal, key_padding_mask)
         with tf32(self.use_tf32):
             return super().forward(query, key, value, is_causal, key_padding_mask)
@@ -140,21 +140,51 @@ class ImprovedDilatedAttention(DilatedAttention):
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether float32 products may be rounded, and back."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's answer where somebody has set a backend's own, which is put back below
+        before = "highest"
+    every: Any = torch.backends
+    backends = every.cuda.matmul, every.mkldnn.matmul
+    own = [backend.fp32_precision for backend in backends]
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, own, strict=True):
+            backend.fp32_precision = precision
 
 
 def pattern(who: Any, segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Both checked. Versions of the original differ in which comes first, so what can only be the other order is refused."""
-    lengths = tuple(arguments.whole_numbers(who, "segment_lengths", segment_lengths))
-    rates = tuple(arguments.whole_numbers(who, "dilation_rates", dilation_rates))
+    lengths = tuple(arguments.whole_numbers(who, "segment_lengths", _listed(segment_lengths)))
+    rates = tuple(arguments.whole_numbers(who, "dilation_rates", _listed(dilation_rates)))
     if len(lengths) != len(rates):
         raise ArgumentError(who.name, "dilation_rates", f"has {len(rates)} numbers; allowed: {len(lengths)}, as segment_lengths")
     if max(lengths) < max(rates):
         complaint = f"is {list(rates)} and segment_lengths {list(lengths)}, which looks like the other order"
-        raise ArgumentError(who.name, "dilation_rates", f"{complaint}; allowed: rates up to the longest segment. Name both arguments")
+        raise ArgumentError(who.name, "dilation_rates", f"{complaint}; allowed: rates up to the longest segment")
     return lengths, rates
+
+
+def how(
+    who: Any, mode: str = "longnet", offset_rule: str = "block", overlap: str = "count", detach_mixing: bool = False
+) -> tuple[str, str, str, bool]:
+    """The choices, checked."""
+    return (
+        arguments.choice(who, "mode", mode, MODES),
+        arguments.choice(who, "offset_rule", offset_rule, RULES),
+        arguments.choice(who, "overlap", overlap, OVERLAPS),
+        arguments.flag(who, "detach_mixing", detach_mixing),
+    )
+
+
+def _listed(given: Any) -> Any:
+    """Ranges and numpy's numbers as Python's; what is neither is left for the check."""
+    if isinstance(given, range):
+        return list(given)
+    if isinstance(given, (list, tuple)) and not all(isinstance(number, int) for number in given):
+        with suppress(TypeError):
+            return [number if isinstance(number, int) else operator.index(number) for number in given]
+    return given

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_attn import ArgumentError
+from triton_attn.arguments import ArgumentTypeError
 
 State = Mapping[str, Tensor]
 _PARTS = ("q_proj", "k_proj", "v_proj")
@@ -33,8 +34,9 @@ def from_dilated_attention_pytorch(state: State, *, improved: bool = False) -> d
 def from_darcstar(state: State, *, improved: bool = True) -> dict[str, Tensor]:
     """DarcStar's fork, both layouts: [qkv_proj, norm, out_proj], and [qkv_proj or q_proj, k_proj, v_proj; q_ln, k_ln, out_proj].
 
-    In the second layout the improved class uses q_ln as the norm before out_proj and never k_ln; the other class normalises queries
-    and keys with them, which `qk_norm=True, layer_norm=False` does here.
+    In the second layout both classes use q_ln as the norm before out_proj, and the improved one nothing else of the two. The other class
+    normalises queries and keys with q_ln and k_ln before that, which `qk_norm=True` does here; q_ln is then in the state twice, once as
+    norm.
 
     Args:
         state: of one module.
@@ -47,11 +49,12 @@ def from_darcstar(state: State, *, improved: bool = True) -> dict[str, Tensor]:
         ArgumentError: a name is missing or unknown.
     """
     who = "from_darcstar"
-    fused = "qkv_proj.weight" in state
+    fused = "qkv_proj.weight" in _given(who, state)
     _known(who, state, ("qkv_proj", "out_proj") if fused else (*_PARTS, "out_proj"), ("norm", "q_ln", "k_ln"))
     renamed = dict(state)
-    if fused and "q_ln.weight" in state:
-        renamed = {name.replace("q_ln.", "norm."): x for name, x in state.items() if not name.startswith("k_ln.")}
+    if "q_ln.weight" in state and "norm.weight" not in state:
+        last = {name.replace("q_ln.", "norm."): x for name, x in state.items() if not name.startswith("k_ln.")}
+        renamed = last if fused else {**state, **last}
     if improved:
         return renamed if fused else _joined(renamed)
     return _split(renamed) if fused else renamed
@@ -61,7 +64,7 @@ def from_torchscale(state: State, *, improved: bool = False) -> dict[str, Tensor
     """torchscale's DilatedAttention: q_proj, k_proj, v_proj, out_proj, inner_attn_ln where it was built with subln.
 
     Args:
-        state: of one module; its rotary or xpos buffers are left out.
+        state: of one module, built without xpos_rel_pos: queries and keys that xpos turns after their projections are another function.
         improved: for `ImprovedMultiheadDilatedAttention`.
 
     Returns:
@@ -70,13 +73,28 @@ def from_torchscale(state: State, *, improved: bool = False) -> dict[str, Tensor
     Raises:
         ArgumentError: a name is missing or unknown.
     """
-    kept = {name.replace("inner_attn_ln.", "norm."): x for name, x in state.items() if not name.startswith("xpos.")}
-    _known("from_torchscale", kept, (*_PARTS, "out_proj"), ("norm",))
+    who = "from_torchscale"
+    if any(name.startswith("xpos.") for name in _given(who, state)):
+        complaint = (
+            "has xpos.scale: its queries and keys are turned by xpos after their projections, which MultiheadDilatedAttention does not"
+        )
+        raise ArgumentError(who, "state", f"{complaint}; allowed: the state of a module without xpos_rel_pos")
+    kept = {name.replace("inner_attn_ln.", "norm."): x for name, x in state.items()}
+    _known(who, kept, (*_PARTS, "out_proj"), ("norm",))
     return _joined(kept) if improved else kept
 
 
+def _given(who: str, state: State) -> State:
+    if not isinstance(state, Mapping):
+        raise ArgumentTypeError(who, "state", f"is a {type(state).__name__}; allowed: a mapping of names to tensors")
+    return state
+
+
 def _known(who: str, state: State, needed: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-    missing = [f"{layer}.weight" for layer in needed if f"{layer}.weight" not in state]
+    """Weights of all that is needed, biases of all or none."""
+    missing = [f"{layer}.weight" for layer in needed if f"{layer}.weight" not in _given(who, state)]
+    if not missing and any(f"{layer}.bias" in state for layer in needed):
+        missing = [f"{layer}.bias" for layer in needed if f"{layer}.bias" not in state]
     unknown = [name for name in state if name.rpartition(".")[0] not in (*needed, *allowed)]
     if missing or unknown:
         found = "; ".join(f"{what} {', '.join(names[:8])}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names)

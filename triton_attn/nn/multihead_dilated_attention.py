@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, refusals
-from triton_attn.nn.dilated_attention import DilatedAttention, ImprovedDilatedAttention
+from triton_attn.nn.dilated_attention import DilatedAttention, ImprovedDilatedAttention, how, pattern
 
 
 class MultiheadDilatedAttention(nn.Module):
@@ -30,7 +30,7 @@ class MultiheadDilatedAttention(nn.Module):
             decoder, as `magneto_gain` computes it.
         batch_first: (B, N, embed_dim); False: (N, B, embed_dim).
         qk_norm: normalise queries and keys over embed_dim.
-        mode, offset_rule, overlap, detach_mixing: as in `DilatedAttention`.
+        softmax_scale, mode, offset_rule, overlap, detach_mixing: as in `DilatedAttention`.
         device, dtype: of the parameters.
 
     Raises:
@@ -41,6 +41,9 @@ class MultiheadDilatedAttention(nn.Module):
     """
 
     fused = False
+    # nn.TransformerEncoder and its layers ask for these, to leave attention that is not torch's out of their own fused call
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         batch_first: bool = True,
         qk_norm: bool = False,
+        softmax_scale: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -66,9 +70,20 @@ class MultiheadDilatedAttention(nn.Module):
         if embed_dim % num_heads:
             raise ArgumentError(self.name, "num_heads", f"is {num_heads}; allowed: a divisor of embed_dim, {embed_dim}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
-        self.gamma_init = arguments.finite(self, "gamma_init", gamma_init)
+        for argument, number in (("gamma_init", gamma_init), ("layer_norm_eps", layer_norm_eps)):
+            if arguments.finite(self, argument, number) < 0:
+                raise ArgumentError(self.name, argument, f"is {number}; allowed: 0 and more")
+        for argument, flag in (("bias", bias), ("layer_norm", layer_norm), ("qk_norm", qk_norm)):
+            arguments.flag(self, argument, flag)
+        self.gamma_init = float(gamma_init)
         self.batch_first = arguments.flag(self, "batch_first", batch_first)
-        self.attention = self._attention(segment_lengths, dilation_rates, dropout, options)
+        # checked here too, where errors name this class
+        arguments.probability(self, "dropout", dropout)
+        if softmax_scale is not None:
+            arguments.finite(self, "softmax_scale", softmax_scale)
+        how(self, **{name: options[name] for name in ("mode", "offset_rule", "overlap", "detach_mixing") if name in options})
+        lengths, rates = pattern(self, segment_lengths, dilation_rates)
+        self.attention = self._attention(lengths, rates, dropout, {"softmax_scale": softmax_scale, **options})
         factory = {"device": device, "dtype": dtype}
         if self.fused:
             self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=bias, **factory)
@@ -87,7 +102,7 @@ class MultiheadDilatedAttention(nn.Module):
     v_proj: nn.Linear
 
     def _attention(self, lengths: Sequence[int], rates: Sequence[int], dropout: float, options: dict[str, Any]) -> DilatedAttention:
-        return DilatedAttention(lengths, rates, None, dropout, **options)
+        return DilatedAttention(lengths, rates, attention_dropout=dropout, **options)
 
     @property
     def name(self) -> str:
@@ -119,7 +134,8 @@ class MultiheadDilatedAttention(nn.Module):
         Args:
             query: (B, N, embed_dim), without batch_first (N, B, embed_dim), unbatched (N, embed_dim).
             key, value: of query's shape; None: the query.
-            key_padding_mask: (B, N), unbatched (N). Boolean: True = ignore. Floating: -inf = ignore, else 0.
+            key_padding_mask: (B, N), unbatched (N). Boolean: True = ignore. Floating: -inf = ignore, else 0; that nothing else is in it is
+                looked at on a CPU alone, because a GPU would have to be waited for.
             need_weights: False; branches have no weights of all pairs.
             attn_mask: None, or the causal mask, which is_causal promises it to be.
             average_attn_weights: of no meaning without weights.
@@ -188,6 +204,8 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
     fused = True
 
     def _attention(self, lengths: Sequence[int], rates: Sequence[int], dropout: float, options: dict[str, Any]) -> DilatedAttention:
+        if options.get("use_tf32") is not None:
+            arguments.flag(self, "use_tf32", options["use_tf32"])
         return ImprovedDilatedAttention(lengths, rates, dropout, options.pop("use_tf32", None), **options)
 
 
@@ -206,11 +224,14 @@ def magneto_gain(layers: int, other_layers: int | None = None, *, part: str = "e
 
 def _ignored(name: str, mask: Tensor | None) -> Tensor | None:
     """True = ignore, of either kind of mask."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise arguments.ArgumentTypeError(name, "key_padding_mask", f"is a {type(mask).__name__}; allowed: None or torch.Tensor")
     if mask is None or mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
         raise ArgumentError(name, "key_padding_mask", f"has dtype {mask.dtype}; allowed: torch.bool, or floating with -inf = ignore")
     ignored = mask == -math.inf
-    if not torch.compiler.is_compiling() and not (ignored | (mask == 0)).all():
+    seen = mask.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if seen and type(mask) is Tensor and not (ignored | (mask == 0)).all():
         raise ArgumentError(name, "key_padding_mask", "has values beside 0 and -inf; allowed: those two, or a boolean mask")
     return ignored

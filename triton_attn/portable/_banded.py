@@ -153,10 +153,10 @@ class _Banded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        inputs = ctx.saved_tensors[:5]
+        saved = ctx.saved_tensors  # read once: a checkpoint hands out what it saved one time
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
-            return *_by_autograd(grad, inputs, ctx.needs_input_grad, ctx.numbers), None, None, None
-        return *_Gradients.apply(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None  # type: ignore[no-untyped-call]
+            return *_by_autograd(grad, saved[:5], ctx.needs_input_grad, ctx.numbers), None, None, None
+        return *_Gradients.apply(grad, *saved, *ctx.numbers), None, None, None  # type: ignore[no-untyped-call]
 
 
 def _forward(

@@ -31,6 +31,11 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+def together(x: Tensor) -> Tensor:
+    """The tensor with the numbers of a row side by side, as the fused operators read them whatever the stride: a copy if it must be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def with_own_key(
     query: Tensor, keys: Tensor, values: Tensor, key: Tensor, value: Tensor, own: Tensor, scale: float, hidden: Tensor | None = None
 ) -> Tensor:
@@ -39,6 +44,7 @@ def with_own_key(
     `hidden` (B, H, 1, K) leaves keys out, never all that a query has.
     """
     added = None if hidden is None else query.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).expand(-1, -1, query.shape[2], -1)
+    query, keys, values = (together(x) for x in (query, keys, values))
     return _WithOwnKey.apply(query, keys, values, key, value, own, scale, added)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -58,7 +64,7 @@ class _WithOwnKey(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
+        grad = together(grads[0])
         query, keys, values, key, value, out, lse, weight, added = ctx.saved_tensors
         dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, keys, values, out, lse, 0.0, False, attn_mask=added, scale=ctx.scale

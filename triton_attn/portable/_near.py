@@ -76,7 +76,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of the five inputs."""
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = _fused.together(grad)
     results = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value, more_key, more_value))
     for rows, keys, mask in _pieces(query.shape[2], behind, ahead, more_key.shape[2], query):
         k, v = _joined(key[:, :, keys], more_key), _joined(value[:, :, keys], more_value)

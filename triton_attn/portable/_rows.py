@@ -46,14 +46,15 @@ def by_rows(
     """(out, lse) of a softmax over the union of the pieces.
 
     `visited` is about how many keys a block of queries visits; `most` is how many queries a block has where that number grows with it;
-    `first` is the position of the first query.
+    `first` is the position of the first query. A captured graph has one block of all queries, in O(queries visited) memory.
     """
     b, h, m = query.shape[:3]
     rows = max(1, SCORES_AT_ONCE // max(b * h * visited, 1))
     rows = rows if most is None else min(rows, most)
     if torch.compiler.is_compiling():
         rows = m  # a graph for every length has no loop
-    again = torch.is_grad_enabled() and rows < m
+    # torch.func refuses the hooks of a checkpoint
+    again = torch.is_grad_enabled() and rows < m and not torch._C._are_functorch_transforms_active()
 
     def block(start: int, stop: int) -> tuple[Tensor, Tensor]:
         pieces = visit(first + start, first + stop)
@@ -85,7 +86,9 @@ def _scores(query: Tensor, piece: Piece, scale: float) -> Tensor:
     (b, h, m, d), (g, n) = query.shape, piece.key.shape[1:3]
     # heads that share a key stand below one another, so that one product serves them
     folded = query.reshape(b, g, h // max(g, 1) * m, d)
-    scores = (folded @ piece.key.mT).to(torch.promote_types(query.dtype, torch.float32)).view(b, h, m, n) * scale
+    # in half precision a score may overflow, and is rounded to what exp makes a large error of
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (folded.to(wide) @ piece.key.to(wide).mT).view(b, h, m, n) * scale
     if piece.added is not None:
         scores = scores + piece.added
     return scores if piece.seen is None else scores.masked_fill(~piece.seen, -math.inf)

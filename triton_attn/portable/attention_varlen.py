@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable._grouped import sdpa
@@ -53,7 +52,7 @@ def attention_varlen(
             lses.append(rows.new_full(rows.shape[:3], -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32)))
         elif fused and left < 0 and (right < 0 or (right == 0 and shift == 0)):
             keys, values = k[:, :, c:d], v[:, :, c:d]
-            outs.append(_causal(rows, keys, values, scale) if right == 0 else sdpa(rows, keys, values, None, scale=scale))
+            outs.append(sdpa(rows, keys, values, None, is_causal=right == 0, scale=scale))
         else:
             out, lse = _windowed(rows, k, v, (a, c, d, shift), left, right, scale, dropout_p, seed)
             outs.append(out)
@@ -76,10 +75,6 @@ def _readable(offsets: Tensor) -> bool:
 def _nothing(rows: Tensor, value: Tensor) -> Tensor:
     """What queries without keys give."""
     return rows.new_zeros((*rows.shape[:3], value.shape[-1]))
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def _windowed(

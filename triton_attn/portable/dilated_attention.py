@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable import _fused
+from triton_attn.portable._grouped import positive
 from triton_attn.portable._rows import Piece, by_rows
 
 Branch = tuple[int, int, list[tuple[int, slice]]]  # segment length, rate, and which heads select which phase
@@ -36,7 +37,9 @@ def dilated_attention(
     return_lse: bool = False,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dilated attention in O(N sum(w / r^2)). Dropout, overlap "unique" and a captured graph look at every pair, by blocks of rows."""
+    """Dilated attention in O(N sum(w / r^2)). Dropout, overlap "unique" and a captured graph look at every pair: by blocks of rows, but
+    in a graph all at once, in O(N^2) memory.
+    """
     h, g = query.shape[1], key.shape[1]
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, :, None]
@@ -57,6 +60,8 @@ def dilated_attention(
     # joined log-sum-exps err by their own magnitude, for which float64 has no wider type
     joinable = query.dtype != torch.float64 and _fused.serves(query, key, value)
     if key_padding_mask is None and not return_lse and joinable:
+        query, scale = positive(query, scale)
+        query, key, value = (_fused.together(x) for x in (query, key, value))
         return _Mixed.apply(query, key, value, branches, bool(causal), scale, detach_mixing)  # type: ignore[no-any-return,no-untyped-call]
     parts = [_branch(query, key, value, branch, key_padding_mask, bool(causal), scale) for branch in branches]
     out, lse = _joined(parts, detach_mixing)
@@ -83,7 +88,7 @@ def _selecting(branch: int, heads: int, number: int, rate: int, mode: str, offse
         return [(branch % rate, slice(first, first + small + (branch < larger)))]
     if offset_rule == "block":
         each = -(-heads // rate)
-        return [(phase, slice(phase * each, min((phase + 1) * each, heads))) for phase in range(rate) if phase * each < heads]
+        return [(phase, slice(phase * each, min((phase + 1) * each, heads))) for phase in range(min(rate, heads)) if phase * each < heads]
     return [(phase, slice(phase, heads, rate)) for phase in range(min(rate, heads))]
 
 
@@ -94,6 +99,7 @@ def _branch(
     (b, h, n), e = query.shape[:3], value.shape[-1]
     length, rate, phases = branch
     length = min(length, max(n, 1))
+    rate = min(rate, length)  # nothing is selected beyond the phase, either way
     segments = -(-n // length)
     short = segments * length - n
     hidden = torch.zeros(b, n, dtype=torch.bool, device=query.device) if padding is None else padding
@@ -108,10 +114,12 @@ def _branch(
         rows = len(range(phase, length, rate))
         q, k, v = (x[:, heads, :, phase::rate].reshape(b, len(chosen) * segments, rows, x.shape[-1]) for x in folded)
         seen = ~hidden[..., phase::rate].expand(b, len(chosen), segments, rows).reshape(b, -1, 1, rows)
-        early = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril() if causal else None
 
-        def visit(start: int, stop: int, k: Tensor = k, v: Tensor = v, seen: Tensor = seen, early: Tensor | None = early) -> list[Piece]:
-            return [Piece(k, v, seen.new_empty(0), seen if early is None else seen & early[start:stop])]
+        def visit(start: int, stop: int, k: Tensor = k, v: Tensor = v, seen: Tensor = seen) -> list[Piece]:
+            if not causal:
+                return [Piece(k, v, seen.new_empty(0), seen)]
+            early = torch.ones(stop - start, stop, dtype=torch.bool, device=k.device).tril_(start)
+            return [Piece(k[:, :, :stop], v[:, :, :stop], seen.new_empty(0), seen[..., :stop] & early)]
 
         out, lse = by_rows(q, visit, rows, scale=scale, dropout_p=0.0, seed=None)
         # back among the rows of the other phases
@@ -193,7 +201,7 @@ class _Mixed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         query, key, value, out, lse = ctx.saved_tensors
-        return *_Gradients.apply(grad, query, key, value, out, lse, *ctx.how), None, None, None, None  # type: ignore[no-untyped-call]
+        return *_Gradients.apply(_fused.together(grad), query, key, value, out, lse, *ctx.how), None, None, None, None  # type: ignore[no-untyped-call]
 
 
 class _Gradients(torch.autograd.Function):

@@ -78,7 +78,7 @@ def local_global_attention(
             return near
         # a causal global token sees the global tokens before it
         keys, values = (key[:, :, :tokens], value[:, :, :tokens]) if causal else (key, value)
-        far = F.scaled_dot_product_attention(query[:, :, :tokens], keys, values, is_causal=bool(causal), scale=scale)
+        far = sdpa(query[:, :, :tokens], keys, values, None, is_causal=bool(causal), scale=scale)
         return torch.cat((far, near), 2)
     summaries = tokens if global_key is None else global_key.shape[2]
     rows = max(half, 64)

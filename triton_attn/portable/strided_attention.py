@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triton_attn.portable import _fused
@@ -70,5 +69,5 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, stride: int, scale: float
     b, h, n = query.shape[:3]
     rows = query.reshape(b * h, n // stride, stride, query.shape[-1]).transpose(1, 2)
     keys, values = (x[:, :, ::stride].flatten(0, 1)[:, None].expand(-1, stride, -1, -1) for x in (key, value))
-    out = F.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
+    out = sdpa(rows, keys, values, None, is_causal=True, scale=scale)
     return out.transpose(1, 2).reshape(b, h, n, value.shape[-1])
