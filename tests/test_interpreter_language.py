@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
+from triton.language.extra.libdevice import rsqrt
 
 from triton_attn.testing.interpreter import IntegerOverflow, OutOfBounds, Race, StrictnessError, strict_interpreter
 
@@ -236,6 +239,70 @@ def test_what_is_chosen_beside_a_masked_off_lane_may_overflow_only_there() -> No
 def test_gathering_what_is_not_there_is_a_fault(wrong: int) -> None:
     with pytest.raises(OutOfBounds, match=f"tl.gather of {wrong}"):
         launched(gathered_kernel, torch.ones(4), torch.tensor([0, 1, wrong, 3], dtype=torch.int32), torch.empty(4))
+
+
+# libdevice
+
+
+@triton.jit
+def libdevice_kernel(x, out, HOW: tl.constexpr):
+    i = tl.arange(0, 4)
+    value = tl.load(x + i)
+    if HOW == "by module":
+        tl.store(out + i, libdevice.tanh(value) + libdevice.pow(value, 2.0))
+    elif HOW == "by name":
+        tl.store(out + i, rsqrt(value))
+    elif HOW == "scalar":
+        tl.store(out + i, value * rsqrt(tl.load(x)))
+    else:
+        tl.store(out + i, libdevice.j0(value))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("by module", lambda x: x.tanh() + x**2), ("by name", torch.rsqrt), ("scalar", lambda x: x * x[0].rsqrt())],
+)
+def test_libdevice_is_interpreted(how: str, expected: Callable[[Tensor], Tensor]) -> None:
+    x, out = torch.rand(4) + 0.5, torch.empty(4)
+    launched(libdevice_kernel, x, out, how)
+    torch.testing.assert_close(out, expected(x))
+
+
+def test_what_libdevice_has_beyond_is_refused_by_name_and_half_precision_as_by_the_compiler() -> None:
+    with pytest.raises(StrictnessError, match=r"libdevice\.j0 is not interpreted"):
+        launched(libdevice_kernel, torch.ones(4), torch.empty(4), "unknown")
+    with pytest.raises(TypeError, match="takes float32 and float64"):
+        launched(libdevice_kernel, torch.ones(4).half(), torch.empty(4), "by name")
+
+
+# scalars
+
+
+@triton.jit
+def scalar_kernel(x, out, wanted):
+    there = wanted != 0
+    tl.store(out, tl.load(x, mask=there, other=0.0))
+    tl.store(out + 1 + tl.arange(0, 4), tl.load(x + tl.arange(0, 4), mask=there & (tl.arange(0, 4) < 3), other=1.0))
+
+
+def test_a_masked_off_scalar_is_what_was_given_for_it_and_a_condition_spreads() -> None:
+    out = torch.empty(5)
+    launched(scalar_kernel, torch.full((4,), 7.0), out, 0)
+    assert out.tolist() == [0, 1, 1, 1, 1]
+    launched(scalar_kernel, torch.full((4,), 7.0), out, 1)
+    assert out.tolist() == [7, 7, 7, 7, 1]
+
+
+@triton.jit
+def hash_kernel(out):
+    i = tl.arange(0, 4).to(tl.uint32)
+    tl.store(out + tl.arange(0, 4), (i * 2654435761) >> 16)
+
+
+def test_what_is_unsigned_wraps_by_definition() -> None:
+    out = torch.empty(4, dtype=torch.int32)
+    launched(hash_kernel, out)
+    assert out.tolist() == [(i * 2654435761) % 2**32 >> 16 for i in range(4)]
 
 
 # autotuning, and kernels that were compiled

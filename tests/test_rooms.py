@@ -69,7 +69,9 @@ MAY_IMPORT: dict[str, tuple[str, str]] = {
 }
 
 # imported inside strict_interpreter() alone, when triton is there
-INTERPRETER = tuple(f"triton_attn.testing.interpreter.{name}" for name in ("builder", "handles", "language", "programs", "reductions"))
+INTERPRETER = tuple(
+    f"triton_attn.testing.interpreter.{name}" for name in ("builder", "handles", "language", "libdevice", "programs", "reductions")
+)
 
 
 def fits(name: str, patterns: str) -> bool:

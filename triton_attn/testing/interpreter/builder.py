@@ -62,7 +62,7 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     memory: Memory | None = None
     program: int = 0
     tf32 = poison = overflow = True
-    multiplied_in_tf32 = False
+    multiplied_in_tf32 = other_given = False
 
     # pointers know where they come from
 
@@ -109,7 +109,7 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
         return self._load(ptrs, mask, other, *cache, **named)
 
     def _load(self, ptrs: Handle, mask: Any, other: Handle | None, *cache: Any, **named: Any) -> Handle:
-        if other is None and self.poison and not np.asarray(mask.data).all():
+        if other is None and not self.other_given and self.poison and not np.asarray(mask.data).all():
             element = ptrs.get_element_ty()
             data = formats.poison(plain._get_np_dtype(element), ptrs.data.shape, element == tl.bfloat16)
             other = plain.TensorHandle(data, element)
@@ -236,7 +236,10 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
         if lhs.dtype.scalar.is_fp8():
             raise TypeError(f"arithmetic in {lhs.dtype.scalar}, which the compiler refuses: cast to float32 first")
         if not is_bfloat16(lhs):
-            return spread(super().binary_op(lhs, rhs, op), lhs, rhs)
+            result = super().binary_op(lhs, rhs, op)
+            if result.data.dtype == np.bool_:
+                result.dtype = tl.int1  # Triton leaves that of the operands, in which a splat would hold the truth value
+            return spread(result, lhs, rhs)
         return narrowed(super().binary_op(widened(lhs), widened(rhs), op))
 
     def cast_impl(self, src: Handle, dst_type: Any) -> Handle:
@@ -283,8 +286,8 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
 def check_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
     """In place of Triton's own check, which interprets nine operations for each sum."""
     kind = lhs.type.scalar
-    if kind.int_bitwidth >= 64:
-        return
+    if kind.int_bitwidth >= 64 or kind.is_int_unsigned():
+        return  # what is unsigned wraps by definition: hashes and packed keys count on it
     compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
     exact = compute(lhs.handle.data, rhs.handle.data, dtype=np.int64)
     for handle in (lhs.handle, rhs.handle):

@@ -55,7 +55,7 @@ class DuplicateStore(KernelFault):
 
 
 class IntegerOverflow(KernelFault):
-    """An integer sum, difference or product narrower than 64 bits does not fit."""
+    """A signed integer sum, difference or product narrower than 64 bits does not fit."""
 
 
 class AssertionFailed(KernelFault):

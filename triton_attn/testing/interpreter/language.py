@@ -21,6 +21,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from triton_attn import device
+from triton_attn.testing.interpreter import libdevice
 from triton_attn.testing.interpreter.builder import StrictBuilder, check_overflow
 from triton_attn.testing.interpreter.faults import FalsePromise, StrictnessError
 from triton_attn.testing.interpreter.memory import Bounds
@@ -94,12 +95,15 @@ def _install() -> None:
     _exchange(device, "interpreter_computes_bfloat16", True)
     _exchange(Autotuner, "run", _first_configuration(Autotuner.run))
     _exchange(TritonSemantic, "binary_op_sanitize_overflow_impl", _unchecked)
+    _exchange(TritonSemantic, "load", _telling(TritonSemantic.load))
     # the language is patched once, not for every launch and every call of a device function
     scope = plain._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     _restoring.callback(scope.restore)
     for module in (tl, tl.core):
         _exchange(module, "multiple_of", _multiple_of)
         _exchange(module, "range", counted)
+    for device_library, name in list(libdevice.functions()):
+        _exchange(device_library, name, libdevice.interpreted(name))
     # kernels rewritten for loops of tensors, beside those that plain interpretation has rewritten
     _exchange(plain.FunctionRewriter, "ast_transformer", _Counting())
     _exchange(plain.InterpretedFunction, "rewritten_fn", _rewritten)
@@ -110,6 +114,19 @@ def _install() -> None:
 
 def _unchecked(semantic: Any, lhs: Any, rhs: Any, operation: Any) -> None:
     return
+
+
+def _telling(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a scalar, Triton asks whether `other` is true, in place of whether it is given: told apart from none, 0 is no poison."""
+
+    def told(self: Any, ptr: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
+        plain.interpreter_builder.other_given = other is not None
+        try:
+            return load(self, ptr, mask, other, *rest, **named)
+        finally:
+            plain.interpreter_builder.other_given = False
+
+    return told
 
 
 def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -141,7 +158,10 @@ def _prepared(jitted: Any) -> Any:
             settings.record.functions[full] = jitted
         names = function.__globals__
         for name, value in list(names.items()):
-            if tl.core.is_builtin(value):
+            if (known := libdevice.named(value)) is not None:
+                _restoring.callback(names.__setitem__, name, value)
+                names[name] = libdevice.interpreted(known)
+            elif tl.core.is_builtin(value):
                 _restoring.callback(names.__setitem__, name, value)
                 names[name] = _interpreted(value)
     return function

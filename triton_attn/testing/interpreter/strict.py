@@ -52,7 +52,7 @@ def strict_interpreter(
             "storage": anything in that tensor's storage, for kernels that step out of a view on purpose; False: no check.
         races: two programs of one launch touch one element and one of them writes it, not both atomically. Complete for the
             executed input, whatever the order. Kernels that synchronise through memory need False.
-        overflow: integer sums, differences and products narrower than 64 bits must fit.
+        overflow: signed sums, differences and products narrower than 64 bits must fit; what is unsigned wraps by definition.
         poison: masked-off lanes of a load without `other` hold NaN, or a huge integer, instead of 0.
         tf32: operands of a tf32 dot lose their last 13 bits, as on tensor cores.
         order: run programs in an order shuffled by this seed; a kernel without atomics gives the same bits.
