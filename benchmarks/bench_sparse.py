@@ -35,7 +35,7 @@ RULES: dict[str, dict[str, Any]] = {
 PROMISED = {"uniform, one key in eight": 5.0}
 MASKS: dict[str, Callable[[Any, Any], Any]] = {
     "uniform, one key in eight": lambda i, j: (j % 8 == 0) | (i == j),
-    "window, one key in eight": lambda i, j: (i - j).abs() <= (SHAPE[2] // 8 - 1) // 2,
+    "window, one key in eight": lambda i, j: (i - j).abs() <= math.floor(SHAPE[2] * (1 - math.sqrt(7 / 8)) - 0.5),
     "fixed": lambda i, j: (i // BLOCK == j // BLOCK) | (j % BLOCK == BLOCK - 1),
     "strided": lambda i, j: (i - j <= BLOCK) | ((i - j) % BLOCK == 0),
 }

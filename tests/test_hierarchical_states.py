@@ -231,8 +231,8 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), torch.zeros(B, 4).bool()), r"mask has shape \(2, 4\); allowed: \(2, 5\) or"),
     (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), torch.zeros(B, 5)), r"mask has dtype torch.float32; allowed: torch.bool \(True"),
     (lambda: LocalGlobalAttention(8, 3, DIM, HEADS)(tokens(5), torch.zeros(B, 4).bool()), r"mask has shape \(2, 4\); allowed: \(2, 5\)$"),
-    (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), [[True]]), "StridedAttention: mask is a list; allowed: torch.Tensor"),  # type: ignore[arg-type]
-    (lambda: LocalGlobalAttention(8, 3, DIM, HEADS)(tokens(5), "x"), "LocalGlobalAttention: mask is a str; allowed: torch.Tensor"),  # type: ignore[arg-type]
+    (lambda: StridedAttention(4, DIM, HEADS)(tokens(5), [[True]]), "StridedAttention: mask is a list; allowed: torch.Tensor"),
+    (lambda: LocalGlobalAttention(8, 3, DIM, HEADS)(tokens(5), "x"), "LocalGlobalAttention: mask is a str; allowed: torch.Tensor"),
     (
         lambda: CrossMemoryAttention(DIM, HEADS)(tokens(5), tokens(4), True, [[True]]),
         "memory_key_padding_mask is a list; allowed: torch.Tensor",

@@ -215,6 +215,14 @@ def test_autocast_casts_as_in_torch(dtype: torch.dtype) -> None:
         torch.testing.assert_close(weights, expected_weights.float(), rtol=0, atol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("n", "m", "keys"), [(0, L, S), (N, 0, S), (N, L, 0)], ids=["batch", "query", "key"])
+def test_a_mask_of_three_dimensions_may_hold_nothing(n: int, m: int, keys: int) -> None:
+    theirs, ours = pair(**SINGLE, add_zero_attn=True)
+    given = [torch.randn(length, n, E, **SINGLE) for length in (m, keys, keys)]
+    found, expected = (module(*given, attn_mask=torch.zeros(n * H, m, keys, **SINGLE)) for module in (ours, theirs))
+    torch.testing.assert_close(found, expected)
+
+
 # is_causal
 
 
@@ -282,6 +290,23 @@ def test_what_on_unsupported_says_about_weights_after_dropout() -> None:
     with pytest.raises(ArgumentError, match="on_unsupported is 'ignore'; allowed: 'raise', 'reference', 'none'"):
         MultiheadAttention(E, H, on_unsupported="ignore")
     assert MultiheadAttention(E, H).on_unsupported == "reference" in refusals.POLICIES
+
+
+def test_a_module_of_torchs_may_become_ours() -> None:
+    theirs, ours = pair(dropout=0.4, **SINGLE)
+    theirs.__class__ = MultiheadAttention
+    given, found = inputs("sequence first", SINGLE), []
+    for module in (theirs, ours):
+        torch.manual_seed(4)
+        found.append(module(*given))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_after_dropout_are_explained() -> None:
+    _, ours = pair(dropout=0.4, **SINGLE)
+    explained = triton_attn.explain(ours, *inputs("sequence first", SINGLE))
+    assert (explained.mechanism, explained.path) == ("MultiheadAttention", "reference")
+    assert "not a kernel: none can give weights after dropout" in str(explained)
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -361,6 +386,7 @@ def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
         ("attn_mask", r"has shape \(7, 5\); allowed: \(5, 7\) or \(6, 5, 7\)", {"attn_mask": torch.zeros(S, L)}),
         ("attn_mask", r"has shape \(3, 5, 7\)", {"attn_mask": torch.zeros(N, L, S)}),
         ("attn_mask", "has dtype torch.int64", {"attn_mask": torch.zeros(L, S).long()}),
+        ("attn_mask", "has dtype torch.float64", {"attn_mask": torch.zeros(L, S).double()}),
         ("key_padding_mask", r"has shape \(7, 3\); allowed: \(3, 7\)", {"key_padding_mask": torch.zeros(S, N, dtype=torch.bool)}),
         ("key_padding_mask", "has dtype torch.uint8", {"key_padding_mask": torch.zeros(N, S).byte()}),
     ],

@@ -251,6 +251,17 @@ def test_parameters_are_tensors() -> None:
 # dropout
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_with_dropout_scores_of_half_precision_are_as_exact_as_torchs(dtype: torch.dtype) -> None:
+    shape = (1, 2, 64, 64)
+    leaves = [(3 * x).detach().to(dtype) for x in draw(Call(shape, shape, shape), torch.float32)[0]]
+    truth = theirs(*(x.double() for x in leaves))
+    ours, expected = ((f(*leaves, dropout_p=1e-12).double() - truth).square().mean().sqrt() for f in (sdpa, theirs))
+    assert ours <= 2 * expected
+    large = torch.full((1, 1, 4, 64), 40.0, dtype=dtype, device=DEVICE)
+    torch.testing.assert_close(sdpa(large, large, leaves[2][:1, :1, :4], dropout_p=1e-12), theirs(large, large, leaves[2][:1, :1, :4]))
+
+
 @pytest.mark.parametrize("mask", [None, "given"])
 def test_dropout_zeroes_its_share_of_weights_and_scales_the_others(mask: str | None) -> None:
     (query, key, _), given = draw(Call((4, 8, 32, 8), (4, 8, 32, 8), (4, 8, 32, 8), mask=(32, 32), kind="additive"), torch.float64)
@@ -381,3 +392,13 @@ def test_it_maps(name: str) -> None:
     with use_backend("triton"):
         mapped = torch.func.vmap(lambda *t: sdpa(*t, **call.options))(*stacked)
     torch.testing.assert_close(mapped[1], theirs(*(2 * x for x in leaves), **call.options))
+
+
+@pytest.mark.parametrize(("items", "keys"), [(1, 0), (0, 7)])
+def test_a_mask_of_nothing_beside_grouped_heads(items: int, keys: int) -> None:
+    """What decoding begins with: an empty cache."""
+    query, key = torch.randn(items, 4, 1, 16), torch.randn(items, 2, keys, 16)
+    mask = torch.ones(1, 1, 1, keys, dtype=torch.bool)
+    with use_backend("triton"):
+        found = sdpa(query, key, key, mask, enable_gqa=True)
+    assert torch.equal(found, torch.zeros(items, 4, 1, 16))

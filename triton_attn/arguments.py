@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -179,13 +180,18 @@ def whole(who: Named, argument: str, given: int, low: int, high: int | None = No
 
 
 def whole_numbers(who: Named, argument: str, given: Sequence[int], low: int = 1) -> list[int]:
-    """Whole numbers from `low`, at least one of them."""
+    """Whole numbers from `low`, NumPy's too, at least one of them."""
     allowed = f"a sequence of whole numbers, {low} and more"
-    if not isinstance(given, (list, tuple)) or not given or any(isinstance(x, bool) or not isinstance(x, int) for x in given):
+    try:
+        right = isinstance(given, (list, tuple, range)) and len(given) > 0 and not any(isinstance(x, bool) for x in given)
+        found = [x if isinstance(x, int) else operator.index(x) for x in given] if right else []
+    except TypeError:
+        found = []
+    if not found:
         raise ArgumentTypeError(who.name, argument, f"is {given!r}; allowed: {allowed}")
-    if min(given) < low:
-        raise ArgumentError(who.name, argument, f"has {min(given)}; allowed: {allowed}")
-    return list(given)
+    if min(found) < low:
+        raise ArgumentError(who.name, argument, f"has {min(found)}; allowed: {allowed}")
+    return found
 
 
 def indices(who: Named, argument: str, given: torch.Tensor, count: int) -> None:

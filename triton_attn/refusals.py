@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from triton_attn import dispatch
 from triton_attn.arguments import ArgumentError
 from triton_attn.dispatch import Unsupported
 
@@ -26,4 +27,7 @@ def settle(mechanism: str, asked: str, instead: str, on_unsupported: str) -> boo
     """What the knob says about a thing that the fast call cannot give: True, the definition gives it; False, nobody does."""
     if on_unsupported == "raise":
         refuse(mechanism, asked, instead)
+    if on_unsupported == "reference" and dispatch.explaining():
+        reasons = {"a kernel": (f"none can give {asked}; {instead}",)}
+        raise dispatch._Explained(dispatch.Explanation(mechanism, "reference", reasons=reasons))
     return on_unsupported == "reference"

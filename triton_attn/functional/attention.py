@@ -62,6 +62,8 @@ def attention(
     sizes = softmax.check(ROW, tensors)
     if mask is not None and mask.ndim < 4:
         tensors["mask"] = mask[(None,) * (4 - mask.ndim)]
+    if mask is not None and 0 in (sizes["b"], sizes["n"]) and not mask.requires_grad:
+        tensors["mask"] = None  # it hides nothing, and heads that share no keys are not told apart by its shape
     options = {
         "causal": arguments.alignment(ROW, causal, sizes["m"], sizes["n"]),
         "scale": sizes["d"] ** -0.5 if scale is None else arguments.finite(ROW, "scale", scale),

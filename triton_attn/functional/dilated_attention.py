@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch.nn.functional as F
@@ -80,7 +78,7 @@ def dilated_attention(
     tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "seed": None}
     sizes = softmax.check(ROW, tensors)
     lengths, rates = (
-        arguments.whole_numbers(ROW, name, _listed(given))
+        arguments.whole_numbers(ROW, name, given)
         for name, given in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates))
     )
     if len(lengths) != len(rates):
@@ -100,16 +98,6 @@ def dilated_attention(
         **softmax.common_options(ROW, sizes, causal, scale, dropout_p),
     }
     return operators.run(ROW, tensors, options, return_lse)
-
-
-def _listed(given: Any) -> Any:
-    """Ranges and numpy's numbers as Python's; what is neither is left for the check."""
-    if isinstance(given, range):
-        return list(given)
-    if isinstance(given, (list, tuple)) and not all(isinstance(number, int) for number in given):
-        with suppress(TypeError):
-            return [number if isinstance(number, int) else operator.index(number) for number in given]
-    return given
 
 
 def _bounded(lengths: list[int], rates: list[int], heads: int) -> tuple[list[int], list[int]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_attn import operators
-from triton_attn.arguments import FLOATS, ArgumentError, ArgumentTypeError, finite, probability
+from triton_attn.arguments import FLOATS, ArgumentError, ArgumentTypeError, autocast_dtype, causal_bias, finite, probability
 from triton_attn.functional.attention import ROW, attention
 
 NAME = "scaled_dot_product_attention"
+HALVES = (torch.float16, torch.bfloat16)
 _OURS = {"mask": "attn_mask", "causal": "is_causal"}  # attention's name of an argument -> torch's
 
 
@@ -38,7 +40,8 @@ def scaled_dot_product_attention(
         key: (..., Hk, S, E). Hk is H or 1, or with enable_gqa any divisor of H.
         value: (..., Hk, S, Ev). E and Ev of any size; kernels serve up to 256.
         attn_mask: broadcastable to (..., H, L, S), 2 dimensions or more. Boolean: True = attend. Floating, of the query's dtype or
-            float32: added to the scores; one that requires a gradient gets it, from the portable path.
+            float32: added to the scores; one that requires a gradient gets it, from the portable path. Or a CausalBias of
+            torch.nn.attention.bias: causal from the top left, at any lengths, or to the bottom right, of the call's lengths.
         dropout_p: share of weights set to zero, applied whenever it is positive, in evaluation too.
         is_causal: query i sees keys 0..i, also where L and S differ. Not together with attn_mask.
         scale: multiplies the scores; E ** -0.5 if None.
@@ -70,10 +73,13 @@ def scaled_dot_product_attention(
             return operators.run(ROW, tensors, options, False)  # type: ignore[no-any-return]
         if attn_mask is not None and is_causal:
             raise ArgumentError(NAME, "is_causal", "is True beside an attn_mask; allowed: one of the two")
+        causal: bool | str = "top_left" if is_causal else False
+        if causal_bias(attn_mask):
+            attn_mask, causal = None, _alignment(attn_mask, query, key)
         if not plain:
             query, key, value, leading = _folded(query, key, value, enable_gqa)
-        mask = _folded_mask(attn_mask, leading) if isinstance(attn_mask, Tensor) else attn_mask
-        out: Tensor = attention(query, key, value, mask=mask, causal="top_left" if is_causal else False, scale=scale, dropout_p=dropout_p)
+        mask = _folded_mask(_kept(attn_mask), leading) if isinstance(attn_mask, Tensor) else attn_mask
+        out: Tensor = attention(query, key, value, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p)
     except ArgumentError as error:
         said = str(error).partition(f": {error.argument} ")[2]
         raise type(error)(NAME, _OURS.get(error.argument, error.argument), said) from None
@@ -104,9 +110,30 @@ def _plain_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     shape, of_query = mask.shape, query.shape
     if not 2 <= len(shape) <= 4 or shape[-2] != of_query[2] or shape[-1] != key.shape[2] or mask.dtype not in (torch.bool, query.dtype):
         return False
+    if mask.dtype in HALVES and autocast_dtype(query.device.type) not in (None, mask.dtype):
+        return False
     # written out: a generator takes another microsecond
     heads, items = shape[-3] if len(shape) > 2 else 1, shape[0] if len(shape) == 4 else 1
     return (heads == 1 or heads == of_query[1]) and (items == 1 or items == of_query[0])
+
+
+def _kept(mask: Tensor) -> Tensor:
+    """Under autocast a mask of another half precision, which torch casts: float32 keeps it as it is."""
+    return mask.float() if mask.dtype in HALVES and autocast_dtype(mask.device.type) not in (None, mask.dtype) else mask
+
+
+def _alignment(bias: Any, query: Tensor, key: Tensor) -> str:
+    """`attention`'s name of what a CausalBias says."""
+    variant = getattr(bias, "variant", None)
+    if variant is None:
+        raise ArgumentTypeError(NAME, "attn_mask", "is what an operator made of a CausalBias; allowed: the CausalBias itself")
+    if variant.name == "UPPER_LEFT":
+        return "top_left"
+    for tensor, length in ((query, bias.seq_len_q), (key, bias.seq_len_kv)):
+        if isinstance(tensor, Tensor) and not tensor.is_nested and tensor.ndim >= 2 and tensor.shape[-2] != length:
+            said = f"is a CausalBias of {bias.seq_len_q} queries and {bias.seq_len_kv} keys; allowed: as many as the call has"
+            raise ArgumentError(NAME, "attn_mask", said)
+    return "bottom_right"
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn import arguments
-from triton_attn.arguments import ArgumentError
+from triton_attn import arguments, dispatch
+from triton_attn.arguments import ArgumentError, ArgumentTypeError
 from triton_attn.functional import _softmax as softmax
 from triton_attn.functional.attention import attention
 from triton_attn.functional.local_global_attention import local_global_attention
@@ -20,6 +21,7 @@ from triton_attn.functional.subset_attention import subset_attention
 
 SELECTIONS = ("uniform", "random", "topk", "window", "fixed", "strided")
 _NAME = "sparse_attention"
+_CHECKED = replace(STRIDED, name=_NAME)  # the same tensors, in messages by the name that was called
 
 
 def sparse_attention(
@@ -45,7 +47,8 @@ def sparse_attention(
     - "uniform": keys floor(t Nk / K); the first is always among them;
     - "random": K keys drawn from torch's generator, anew in every call;
     - "topk": the K keys of the highest `score`, or of the longest vectors, for each item and key head;
-    - "window": the keys around the query, K at the most (local_global_attention);
+    - "window": h keys on each side of the query and its own, h the largest for which no more than keep_ratio of all pairs are kept
+      (local_global_attention). 2 h + 1 is odd: where K is even and small, K - 1 keys;
     - "fixed" and "strided": Child et al.'s two patterns in O(N sqrt(N)), in blocks of `block` = ceil(sqrt(N)) if None. "fixed": the
       query's own block and the last key of every block. "strided": the `block` keys before the query, and those whose distance
       from it is a multiple of `block`; causal by definition.
@@ -76,12 +79,12 @@ def sparse_attention(
     Source: the sparse residual block of an OpenCLIP fork, as it was meant; Child et al., "Generating Long Sequences with Sparse
     Transformers", 2019, for "fixed" and "strided".
     """
-    if selection not in SELECTIONS:
-        raise ArgumentError(_NAME, "selection", f"is {selection!r}; allowed: {', '.join(map(repr, SELECTIONS))}")
+    arguments.choice(_CHECKED, "selection", selection, SELECTIONS)
     _only_with("score", score, selection, ("topk",))
     _only_with("block", block, selection, ("fixed", "strided"))
-    if not include_self and selection in ("window", "fixed", "strided"):
-        raise ArgumentError(_NAME, "include_self", f"is {include_self!r}; allowed with selection={selection!r}: True")
+    sizes = softmax.check(_CHECKED, {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "seed": None})
+    softmax.common_options(_CHECKED, sizes, causal, scale, dropout_p)
+    _own_keys(sizes["m"], sizes["n"], selection, include_self)
     common: dict[str, Any]
     common = {"key_padding_mask": key_padding_mask, "causal": causal, "scale": scale, "dropout_p": dropout_p, "return_lse": return_lse}
     if selection in ("fixed", "strided"):
@@ -97,11 +100,21 @@ def sparse_attention(
         if selection != "uniform":
             raise ArgumentError(_NAME, "selection", f"is {selection!r}; allowed with indices: the default")
         return subset_attention(query, key, value, indices=indices, include_self=include_self, **common)
-    kept = _kept(key, keep_ratio)
+    ratio = _ratio(keep_ratio)
     if selection == "window":
-        return local_global_attention(query, key, value, window=max(kept - 1, 0), **common)
+        return local_global_attention(query, key, value, window=2 * _half(sizes["n"], ratio), **common)
+    kept = min(max(1, math.ceil(ratio * sizes["n"])), sizes["n"])
     chosen = _chosen(key, selection, kept, score, key_padding_mask)
     return subset_attention(query, key, value, indices=chosen, include_self=include_self, **common)
+
+
+def _own_keys(m: int, n: int, selection: str, include_self: bool) -> None:
+    arguments.flag(_CHECKED, "include_self", include_self)
+    if not include_self and selection in ("window", "fixed", "strided"):
+        raise ArgumentError(_NAME, "include_self", f"is False; allowed with selection={selection!r}: True")
+    if include_self and m != n:
+        instead = " or include_self=False" if selection in ("uniform", "random", "topk") else ""
+        raise ArgumentError(_NAME, "query", f"has {m} positions, key {n}; allowed with selection={selection!r}: as many of each{instead}")
 
 
 def _only_with(name: str, given: object, selection: str, allowed: tuple[str, ...]) -> None:
@@ -109,10 +122,18 @@ def _only_with(name: str, given: object, selection: str, allowed: tuple[str, ...
         raise ArgumentError(_NAME, name, f"is given; allowed with selection={selection!r}: None")
 
 
-def _kept(key: Tensor, keep_ratio: float | None) -> int:
+def _ratio(keep_ratio: float | None) -> float:
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0.0 < keep_ratio <= 1.0:
         raise ArgumentError(_NAME, "keep_ratio", f"is {keep_ratio!r}; allowed: above 0 to 1")
-    return min(max(1, math.ceil(keep_ratio * key.shape[2])), key.shape[2])
+    return keep_ratio
+
+
+def _half(n: int, keep_ratio: float) -> int:
+    """The largest h for which n queries with h keys on each side, fewer at the ends, see no more than keep_ratio n ** 2 keys together.
+
+    With u = h + 1/2 they see 2 n u - u ** 2 + 1/4, whose quarter is left out: a graph takes seconds for a root of a symbol.
+    """
+    return max(math.floor(n * (1.0 - math.sqrt(1.0 - keep_ratio)) - 0.5), 0)
 
 
 def _chosen(key: Tensor, selection: str, kept: int, score: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
@@ -120,17 +141,27 @@ def _chosen(key: Tensor, selection: str, kept: int, score: Tensor | None, key_pa
     if selection == "uniform":
         return torch.arange(kept, device=key.device) * n // max(kept, 1)
     if selection == "random":
-        return torch.randperm(n, device=key.device)[:kept]
-    if score is None:
-        ranked = key.detach().float().norm(dim=-1)
-    elif score.shape != (b, n):
-        raise ArgumentError(_NAME, "score", f"has shape {tuple(score.shape)}; allowed: {(b, n)}")
-    else:
-        ranked = score.detach()[:, None].expand(b, g, n)
+        # a call that is only explained leaves the generator alone
+        return (torch.arange if dispatch.explaining() else torch.randperm)(n, device=key.device)[:kept]
+    ranked = key.detach().float().norm(dim=-1) if score is None else _scored(key, score)[:, None].expand(b, g, n)
     if key_padding_mask is not None:
-        ranked = ranked.masked_fill(key_padding_mask[:, None], -math.inf)
+        least = -math.inf if ranked.is_floating_point() else torch.iinfo(ranked.dtype).min
+        ranked = ranked.masked_fill(key_padding_mask[:, None], least)
     top: Tensor = ranked.topk(kept).indices
     return top
+
+
+def _scored(key: Tensor, score: Tensor) -> Tensor:
+    wanted = (key.shape[0], key.shape[2])
+    if not isinstance(score, Tensor):
+        raise ArgumentTypeError(_NAME, "score", f"is a {type(score).__name__}; allowed: torch.Tensor")
+    if score.dtype == torch.bool or score.is_complex():
+        raise ArgumentTypeError(_NAME, "score", f"has dtype {score.dtype}; allowed: of real numbers")
+    if score.shape != wanted:
+        raise ArgumentError(_NAME, "score", f"has shape {tuple(score.shape)}; allowed: {wanted}")
+    if score.device != key.device:
+        raise ArgumentError(_NAME, "score", f"is on {score.device}, key on {key.device}; they must be on one device")
+    return score.detach()
 
 
 def _in_blocks(
@@ -147,13 +178,9 @@ def _in_blocks(
     return_lse: bool,
 ) -> Any:
     """Two calls, each seeing keys that the other does not, joined by their log-sum-exps."""
-    sizes = softmax.check(STRIDED, {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "seed": None})
-    n = sizes["n"]
-    if sizes["m"] != n:
-        raise ArgumentError(_NAME, "query", f"has {sizes['m']} positions, key {n}; allowed with selection={selection!r}: as many of each")
     if selection == "strided" and not causal:
         raise ArgumentError(_NAME, "causal", "is False; allowed with selection='strided': True")
-    length = max(math.isqrt(max(n - 1, 0)) + 1, 1) if block is None else arguments.whole(STRIDED, "block", block, 1)
+    length = _root(key.shape[2]) if block is None else arguments.whole(_CHECKED, "block", block, 1)
     common: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "return_lse": True}
     if selection == "fixed":
         far = strided_attention(
@@ -167,6 +194,17 @@ def _in_blocks(
     return (out, lse) if return_lse else out
 
 
+def _root(n: int) -> int:
+    """max(1, ceil(sqrt(n))) by comparisons, which a graph is guarded by: it serves the lengths that have this root."""
+    low, high = 0, 1
+    while high * high < n:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle * middle < n else (low, middle)
+    return high
+
+
 def _own_block(
     query: Tensor, key: Tensor, value: Tensor, length: int, padding: Tensor | None, causal: bool, common: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -178,7 +216,7 @@ def _own_block(
     out, lse = attention(*folded, key_padding_mask=hidden.flatten(0, 1), causal=causal, **common)
 
     def back(x: Tensor) -> Tensor:
-        return x.view(query.shape[0], -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)[:, :, :n]
+        return x.view(*hidden.shape[:2], *x.shape[1:]).transpose(1, 2).flatten(2, 3)[:, :, :n]
 
     return back(out), back(lse)
 
@@ -196,7 +234,7 @@ def _same_residue(
     out, lse = attention(rows, keys, values, key_padding_mask=hidden, causal="bottom_right", **common)
 
     def back(x: Tensor) -> Tensor:
-        return x.view(query.shape[0], -1, *x.shape[1:]).movedim(1, 3).flatten(2, 3)[:, :, :n]
+        return x.view(query.shape[0], length, *x.shape[1:]).movedim(1, 3).flatten(2, 3)[:, :, :n]
 
     return back(out), back(lse)
 
@@ -215,12 +253,20 @@ def _padding(query: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def _joined(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax of two: weights exp(lse_i - lse). Rows that see nothing stay 0 and -inf, without a NaN in their gradients."""
-    least = torch.finfo(lse.dtype).min / 4
-    a, b = lse.clamp(min=least), more_lse.clamp(min=least)
-    both = torch.logaddexp(a, b)
-    joint = out * (a - both).exp().to(out.dtype)[..., None] + more * (b - both).exp().to(out.dtype)[..., None]
-    return joint, both.masked_fill((lse == -math.inf) & (more_lse == -math.inf), -math.inf)
+    """One softmax of two: weights exp(lse_i) over their sum. Rows that see nothing stay 0 and -inf."""
+    top = torch.maximum(lse, more_lse).detach()
+    seen = top > -math.inf
+    top = top.where(seen, 0.0)
+    a, b = _share(lse, top), _share(more_lse, top)
+    total = (a + b).where(seen, 1.0)
+    joint = (out * a[..., None] + more * b[..., None]) / total[..., None]
+    return joint.to(out.dtype), (top + total.log()).masked_fill(~seen, -math.inf)
+
+
+def _share(lse: Tensor, top: Tensor) -> Tensor:
+    """exp(lse - top). -inf is replaced on both sides of it: what differentiates such a row's log-sum-exp twice is NaN, and ends there."""
+    seen = lse > -math.inf
+    return (lse.where(seen, top) - top).exp().where(seen, 0.0)
 
 
 __all__ = ["SELECTIONS", "sparse_attention"]

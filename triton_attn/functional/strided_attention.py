@@ -38,7 +38,7 @@ def strided_attention(
     Keys are read through their strides; nothing is gathered. Cost O(Nq Nk / stride).
 
     Args:
-        query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
+        query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; kernels never copy an argument for its layout.
         key: (B, Hk, Nk, D); Hk divides H, and query head h uses key head h // (H / Hk).
         value: (B, Hk, Nk, E). D and E of any size, powers of two or not; kernels serve up to 256.
         stride: distance between the keys that are seen; 1 and more. Longer than Nk: at most one key.

@@ -37,7 +37,7 @@ def subset_attention(
     Cost O(Nq K). `triton_attn.sparse_attention` chooses the indices by a rule.
 
     Args:
-        query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; no argument is ever copied for its layout.
+        query: (B, H, Nq, D), float16, bfloat16, float32 or float64. Any strides; kernels never copy an argument for its layout.
         key: (B, Hk, Nk, D); Hk divides H, and query head h uses key head h // (H / Hk).
         value: (B, Hk, Nk, E). D and E of any size, powers of two or not; kernels serve up to 256.
         indices: (K,), (B, K) or (B, Hk, K), int32 or int64, in any order, none at all included; duplicates count once. 0 to
@@ -61,9 +61,15 @@ def subset_attention(
     Transformers", 2019, and Zaheer et al., "Big Bird", 2020, for columns that every query sees.
     """
     if isinstance(indices, Tensor) and isinstance(key, Tensor) and key.ndim == 4 and indices.ndim in (1, 2):
-        indices = (indices[None] if indices.ndim == 1 else indices)[:, None].expand(key.shape[0], key.shape[1], -1)
+        b, g = key.shape[:2]
+        if indices.ndim == 2 and indices.shape[0] not in (1, b):
+            allowed = f"(K,), ({b}, K) or ({b}, {g}, K)"
+            raise arguments.ArgumentError(ROW.name, "indices", f"has shape {tuple(indices.shape)}; allowed: {allowed}")
+        indices = (indices[None] if indices.ndim == 1 else indices)[:, None].expand(b, g, -1)
     tensors = {"query": query, "key": key, "value": value, "indices": indices, "key_padding_mask": key_padding_mask, "seed": None}
     sizes = softmax.check(ROW, tensors)
+    if sizes["n"] == 0 and sizes["k"] > 0 and indices.device.type == "cpu":
+        raise arguments.ArgumentError(ROW.name, "indices", f"names {sizes['k']}, and there are no keys; allowed: none at all")
     arguments.inside(ROW, "indices", indices, sizes["n"])
     if arguments.flag(ROW, "include_self", include_self) and sizes["m"] != sizes["n"]:
         raise arguments.ArgumentError(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments
-from triton_attn.arguments import ArgumentTypeError
+from triton_attn.nn._projections import check_mask
 
 
 class InnerHeads(nn.Module):
@@ -49,13 +48,4 @@ class InnerHeads(nn.Module):
             raise ArgumentError(self.name, "x", f"is a {type(x).__name__}; allowed: torch.Tensor")
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ArgumentError(self.name, "x", f"has shape {tuple(x.shape)}; allowed: (B, N, {self.dim})")
-        if key_padding_mask is None:
-            return
-        if not isinstance(key_padding_mask, Tensor):
-            complaint = f"is a {type(key_padding_mask).__name__}; allowed: torch.Tensor, boolean (True = ignore)"
-            raise ArgumentTypeError(self.name, "key_padding_mask", complaint)
-        if key_padding_mask.dtype != torch.bool:
-            raise ArgumentError(self.name, "key_padding_mask", f"has dtype {key_padding_mask.dtype}; allowed: torch.bool (True = ignore)")
-        if key_padding_mask.shape != x.shape[:2]:
-            complaint = f"has shape {tuple(key_padding_mask.shape)}; allowed: {tuple(x.shape[:2])}"
-            raise ArgumentError(self.name, "key_padding_mask", complaint)
+        check_mask(self, "key_padding_mask", key_padding_mask, tuple(x.shape[:2]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments
+from triton_attn.arguments import ArgumentTypeError
 
 
 class Projections(nn.Module):
@@ -67,9 +68,16 @@ class Projections(nn.Module):
 
     def check_mask(self, argument: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
         """Boolean, of one of these shapes."""
-        if mask is None:
-            return
-        if mask.dtype != torch.bool:
-            raise ArgumentError(self.name, argument, f"has dtype {mask.dtype}; allowed: torch.bool (True = ignore)")
-        if tuple(mask.shape) not in allowed:
-            raise ArgumentError(self.name, argument, f"has shape {tuple(mask.shape)}; allowed: {' or '.join(map(str, allowed))}")
+        check_mask(self, argument, mask, *allowed)
+
+
+def check_mask(who: arguments.Named, argument: str, mask: object, *allowed: tuple[int, ...]) -> None:
+    """None, or boolean of one of these shapes, or of any if there are none."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise ArgumentTypeError(who.name, argument, f"is a {type(mask).__name__}; allowed: torch.Tensor, boolean (True = ignore)")
+    if mask.dtype != torch.bool:
+        raise ArgumentError(who.name, argument, f"has dtype {mask.dtype}; allowed: torch.bool (True = ignore)")
+    if allowed and tuple(mask.shape) not in allowed:
+        raise ArgumentError(who.name, argument, f"has shape {tuple(mask.shape)}; allowed: {' or '.join(map(str, allowed))}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from triton_attn.arguments import autocast_dtype
+
 SCORES_AT_ONCE = 2**22
 
 
@@ -24,7 +26,8 @@ def attention_weights(
 
     Computed by tiles of queries, and again in the backward pass: no tensor of scores is larger than the average over the heads is
     (or 2 ** 22), so there is never a copy for each head. A tile has whole rows, so it needs no log-sum-exp from the fused call,
-    whose gradient would be a second large part that cancels the first.
+    whose gradient would be a second large part that cancels the first. A compiled graph, which serves every length, has one tile,
+    and transforms of torch.func keep what the backward pass needs: they take no checkpoint.
 
     Args:
         query: (B, H, Nq, D).
@@ -41,9 +44,9 @@ def attention_weights(
     wide = torch.promote_types(query.dtype, torch.float32)
     # entering autocast's context costs as much as a small product
     kind = query.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with torch.autocast(kind, enabled=False) if autocast_dtype(kind) is not None else nullcontext():
         query, key = query.to(wide) * d**-0.5, key.to(wide).mT
-        if max(SCORES_AT_ONCE, b * m * n) >= b * h * m * n:
+        if torch.compiler.is_compiling() or max(SCORES_AT_ONCE, b * m * n) >= b * h * m * n:
             return _tile(query, key, mask, key_padding_mask, average)
         rows = max(1, max(SCORES_AT_ONCE, b * m * n) // max(b * h * n, 1))
         pieces = []
@@ -52,7 +55,7 @@ def attention_weights(
             rule = mask if mask is None or mask.shape[-2] == 1 else mask[..., part, :]
             tile = (query[:, :, part], key, rule, key_padding_mask, average)
             # recomputed in the backward pass, or every head's scores would be kept for it
-            again = torch.is_grad_enabled() and rows < m
+            again = torch.is_grad_enabled() and rows < m and not torch._C._are_functorch_transforms_active()
             pieces.append(checkpoint(_tile, *tile, use_reentrant=False, preserve_rng_state=False) if again else _tile(*tile))
         return torch.cat(pieces, -2) if len(pieces) > 1 else pieces[0]
 

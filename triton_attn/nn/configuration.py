@@ -70,6 +70,9 @@ def build(config: Mapping[str, Any] | str | PathLike[str], *, device: Any = None
         if not isinstance(name, str) or not isinstance(part, Mapping):
             allowed = "'type' and a constructor's arguments, or names and a mapping for each"
             raise ArgumentError(NAME, "config", f"has the key {str(name)[:80]!r} and no 'type'; allowed: {allowed}")
+        if not name or "." in name or hasattr(modules, name):
+            complaint = f"has a module named {name[:80]!r}; allowed: no dot, not empty, and no attribute of nn.ModuleDict"
+            raise ArgumentError(NAME, "config", complaint)
         modules[name] = _module(name, part, place)
     return modules
 
@@ -98,6 +101,8 @@ def _module(where: str, part: Mapping[str, Any], place: dict[str, Any]) -> nn.Mo
 
 
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
+    if not isinstance(path, (str, PathLike)):
+        raise ArgumentError(NAME, "config", f"is a {type(path).__name__}; allowed: a mapping, or the path of a YAML file")
     try:
         import yaml
     except ImportError as missing:
@@ -110,7 +115,8 @@ def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
         raise ArgumentError(NAME, "config", f"is a file of more than {LARGEST} bytes; allowed: up to that many")
     try:
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as broken:
+    # what PyYAML makes of a number, a flag or a date that is none, it does not catch
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, ArithmeticError) as broken:
         raise ArgumentError(NAME, "config", f"is no YAML that can be read: {' '.join(str(broken).split())[:200]}") from broken
     if not isinstance(content, Mapping):
         raise ArgumentError(NAME, "config", f"is a file that holds a {type(content).__name__}; allowed: a mapping")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from triton_attn import ArgumentError, arguments, attention
+from triton_attn.arguments import ArgumentTypeError
 from triton_attn.nn._projections import Projections
 
 
@@ -70,7 +72,7 @@ class CrossMemoryAttention(Projections):
         Args:
             local_features, memory_tokens, memory_key_padding_mask: as for a call.
             fusion_ratio: 0 (local features alone) to 1 (cross alone); or a tensor that broadcasts to (B, N, dim), such as a
-                learned gate, which gets its gradient and whose values are taken as they are.
+                learned gate, which gets its gradient and whose values are taken as they are, in the dtype of the features.
 
         Returns:
             (B, N, dim).
@@ -83,7 +85,11 @@ class CrossMemoryAttention(Projections):
             shape, wanted = tuple(fusion_ratio.shape), tuple(local_features.shape)
             if len(shape) > 3 or any(size not in (1, want) for size, want in zip(reversed(shape), reversed(wanted), strict=False)):
                 raise ArgumentError(self.name, "fusion_ratio", f"has shape {shape}; allowed: broadcastable to {wanted}")
+            if fusion_ratio.is_complex():
+                raise ArgumentTypeError(self.name, "fusion_ratio", f"has dtype {fusion_ratio.dtype}; allowed: of real numbers")
         else:
             arguments.probability(self, "fusion_ratio", fusion_ratio)
         cross: Tensor = self(local_features, memory_tokens, residual=False, memory_key_padding_mask=memory_key_padding_mask)
+        if isinstance(fusion_ratio, Tensor):
+            fusion_ratio = fusion_ratio.to(torch.promote_types(cross.dtype, local_features.dtype))  # a gate in float64 widens nothing
         return fusion_ratio * cross + (1 - fusion_ratio) * local_features

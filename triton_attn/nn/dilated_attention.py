@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,8 +157,8 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 def pattern(who: Any, segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Both checked. Versions of the original differ in which comes first, so what can only be the other order is refused."""
-    lengths = tuple(arguments.whole_numbers(who, "segment_lengths", _listed(segment_lengths)))
-    rates = tuple(arguments.whole_numbers(who, "dilation_rates", _listed(dilation_rates)))
+    lengths = tuple(arguments.whole_numbers(who, "segment_lengths", segment_lengths))
+    rates = tuple(arguments.whole_numbers(who, "dilation_rates", dilation_rates))
     if len(lengths) != len(rates):
         raise ArgumentError(who.name, "dilation_rates", f"has {len(rates)} numbers; allowed: {len(lengths)}, as segment_lengths")
     if max(lengths) < max(rates):
@@ -178,13 +177,3 @@ def how(
         arguments.choice(who, "overlap", overlap, OVERLAPS),
         arguments.flag(who, "detach_mixing", detach_mixing),
     )
-
-
-def _listed(given: Any) -> Any:
-    """Ranges and numpy's numbers as Python's; what is neither is left for the check."""
-    if isinstance(given, range):
-        return list(given)
-    if isinstance(given, (list, tuple)) and not all(isinstance(number, int) for number in given):
-        with suppress(TypeError):
-            return [number if isinstance(number, int) else operator.index(number) for number in given]
-    return given

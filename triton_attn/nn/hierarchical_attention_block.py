@@ -89,7 +89,8 @@ class HierarchicalAttentionBlock(nn.Module):
         Args:
             x: (B, N, dim).
             memory: (B, M, dim), for "cross_memory"; None: x is its own memory. The other types have no use for one and raise.
-            mask: (B, N) boolean, True = ignore these tokens of x as keys; "strided" and "dense" also take one for each query.
+            mask: (B, N) boolean, True = ignore these tokens of x as keys; "strided" and "dense" also take one for each query. With a
+                memory, whose tokens are the keys, it raises.
             memory_key_padding_mask: (B, M) boolean, True = ignore these tokens of the memory.
 
         Returns:
@@ -104,6 +105,9 @@ class HierarchicalAttentionBlock(nn.Module):
                 if memory_key_padding_mask is not None:
                     raise ArgumentError(self.name, "memory_key_padding_mask", "is given without a memory; allowed: mask")
                 memory_key_padding_mask = mask
+            elif mask is not None:
+                complaint = "is given with a memory, whose tokens are the keys; allowed: memory_key_padding_mask"
+                raise ArgumentError(self.name, "mask", complaint)
             attended = self.attention(x, memory, residual=self.compat_double_residual, memory_key_padding_mask=memory_key_padding_mask)
         else:
             for argument, given in (("memory", memory), ("memory_key_padding_mask", memory_key_padding_mask)):

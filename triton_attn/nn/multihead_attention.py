@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_attn import ArgumentError, attention, dispatch, refusals
+from triton_attn import ArgumentError, arguments, attention, dispatch, refusals
+from triton_attn.arguments import ArgumentTypeError
 from triton_attn.nn.attention_weights import attention_weights
 
 NAME = "MultiheadAttention"
@@ -33,6 +34,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Source: Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention, torch 2.13. The differences are in
     docs/drop_in.md.
     """
+
+    on_unsupported = "reference"  # for a module of torch's whose class was set
 
     def __init__(
         self,
@@ -72,7 +75,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             value: (S, N, vdim), (N, S, vdim) or (S, vdim).
             key_padding_mask: (N, S), unbatched (S). Boolean: True = ignore. Floating: added to the scores.
             need_weights: also return the weights: exact, computed beside the output, in training after dropout.
-            attn_mask: (L, S) or (N * num_heads, L, S). Boolean: True = not allowed. Floating: added to the scores.
+            attn_mask: (L, S) or (N * num_heads, L, S). Boolean: True = not allowed. Floating: added to the scores. A mask is no
+                wider than query, or float32.
             average_attn_weights: the mean of the weights over the heads.
             is_causal: a promise that attn_mask, which must be there, is the causal mask. It is believed where torch believes it:
                 without key_padding_mask, weights and added keys.
@@ -90,7 +94,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         k, v, added = self._add_keys(k, v)
         causal = is_causal and key_padding_mask is None and not need_weights and not added
-        mask, padding = self._masks(None if causal else attn_mask, key_padding_mask, added)
+        mask, padding = self._masks(None if causal else attn_mask, key_padding_mask, added, q)
 
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -118,7 +122,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Whether the output is cheaper from the weights, which are asked for, than by a call of its own that would hold none."""
         where_no_kernel = q.device.type == "cpu" and dispatch.backend() == "auto" and not dispatch.explaining()
         # a hidden NaN among the values would reach a product with weights of 0
-        return mask is None and padding is None and where_no_kernel and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= FEW
+        if mask is not None or padding is not None or not where_no_kernel:
+            return False
+        # a graph for every length has all weights at once, see `attention_weights`
+        return torch.compiler.is_compiling() or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= FEW
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool | str, dropout: float
@@ -163,21 +170,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v, (self.bias_k is not None) + self.add_zero_attn
 
-    def _masks(self, attn_mask: Tensor | None, padding: Tensor | None, added: int) -> tuple[Tensor | None, Tensor | None]:
-        """`attention`'s mask and key_padding_mask from torch's two; added keys are seen by all."""
+    def _masks(self, attn_mask: Tensor | None, padding: Tensor | None, added: int, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`attention`'s mask and key_padding_mask for projected queries from torch's two; added keys are seen by all."""
         mask = attn_mask
         if attn_mask is not None:
             if attn_mask.ndim == 3:
-                attn_mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:])
+                attn_mask = attn_mask.view(q.shape[0], self.num_heads, *attn_mask.shape[1:])
             attn_mask = F.pad(attn_mask, (0, added)) if added else attn_mask
-            mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+            mask = ~attn_mask if attn_mask.dtype == torch.bool else _widened(attn_mask, q)
         if padding is None:
             return mask, None
         padding = padding if padding.ndim == 2 else padding[None]
         padding = F.pad(padding, (0, added)) if added else padding
         if padding.dtype == torch.bool:
             return mask, padding
-        bias = padding[:, None, None, :]
+        bias = _widened(padding, q)[:, None, None, :]
         if mask is None:
             return bias, None
         return torch.where(mask, bias, -math.inf) if mask.dtype == torch.bool else mask + bias, None
@@ -215,7 +222,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for name, mask, allowed_shapes in shapes:
             if mask is None:
                 continue
+            if arguments.causal_bias(mask):
+                raise ArgumentTypeError(NAME, name, "is a CausalBias, which holds no numbers; allowed: a tensor that does")
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise ArgumentError(NAME, name, f"has dtype {mask.dtype}; allowed: torch.bool (True = ignore), or floating to be added")
+            if mask.dtype == torch.float64 != query.dtype:
+                raise ArgumentTypeError(NAME, name, f"has dtype {mask.dtype}; allowed: torch.bool, torch.float32 and what is narrower")
             if tuple(mask.shape) not in allowed_shapes:
                 raise ArgumentError(NAME, name, f"has shape {tuple(mask.shape)}; allowed: {' or '.join(map(str, allowed_shapes))}")
+
+
+def _widened(mask: Tensor, q: Tensor) -> Tensor:
+    """A floating mask in a dtype that `attention` takes beside the queries', with every number as it was."""
+    return mask if mask.dtype in (q.dtype, torch.float32) else mask.to(torch.promote_types(mask.dtype, q.dtype))

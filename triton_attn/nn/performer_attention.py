@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from triton_attn import ArgumentError, arguments, linear_attention, orthogonal_projection, performer_attention
 from triton_attn.arguments import ArgumentTypeError
-from triton_attn.nn._projections import Projections
+from triton_attn.nn._projections import Projections, check_mask
 from triton_attn.nn.mamba_layer import MambaLayer
 
 State = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor]  # as `triton_attn.performer_attention` returns it
@@ -275,7 +275,7 @@ class LinearAttentionBlock(nn.Module):
         if x.is_nested or x.ndim != 3 or x.shape[2] != self.dim:
             found = "is a nested tensor" if x.is_nested else f"has shape {tuple(x.shape)}"
             raise ArgumentError(self.name, "x", f"{found}; allowed: (B, N, {self.dim})")
-        _check_type(self, "mask", mask)
+        check_mask(self, "mask", mask, tuple(x.shape[:2]))
         x = x + self.attention(self.norm1(x), mask)
         out: Tensor = x + self.ffn(self.norm2(x))
         return out
@@ -298,11 +298,5 @@ def _one_mask(module: Projections, x: Tensor, mask: Tensor | None, key_padding_m
     if mask is not None and key_padding_mask is not None:
         raise ArgumentError(module.name, "mask", "is given beside key_padding_mask; allowed: one of the two")
     padding, name = (key_padding_mask, "key_padding_mask") if mask is None else (mask, "mask")
-    _check_type(module, name, padding)
     module.check_mask(name, padding, tuple(x.shape[:2]))
     return padding
-
-
-def _check_type(module: Any, argument: str, mask: object) -> None:
-    if mask is not None and not isinstance(mask, Tensor):
-        raise ArgumentTypeError(module.name, argument, f"is a {type(mask).__name__}; allowed: torch.Tensor, boolean (True = ignore)")
