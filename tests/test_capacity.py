@@ -83,7 +83,7 @@ def allocated(step: Any) -> int:
     [
         (TINY, 40),
         (replace(TINY, checkpointing=True, chunk=16), 40),
-        (replace(TINY, component="attention", attention="dilated"), 48),
+        pytest.param(replace(TINY, component="attention", attention="dilated"), 48, marks=pytest.mark.slow),
     ],
     ids=["model", "saving model", "dilated attention"],
 )

@@ -19,6 +19,7 @@ from triton_attn import CATALOG, operators, use_backend
 from triton_attn.mechanism import Case, Mechanism
 
 LENGTHS = "mn"
+OURS_FIRST = pytest.mark.parametrize("backend", [pytest.param("portable", marks=pytest.mark.slow), "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -161,14 +162,14 @@ def test_lengths_change_without_a_new_graph(row: Mechanism, case: Case, backend:
 
 
 @each(alone)
-@BOTH
+@OURS_FIRST
 @pytest.mark.usefixtures("_symbolic")
 def test_lengths_change_without_a_new_graph_in_training(row: Mechanism, case: Case, backend: str) -> None:
     without_a_new_graph(row, case, backend, training=True)
 
 
 @each(random)
-@pytest.mark.parametrize("backend", [pytest.param("portable", marks=pytest.mark.slow), "triton"])
+@OURS_FIRST
 def test_lengths_change_without_a_new_graph_under_dropout(row: Mechanism, case: Case, backend: str) -> None:
     without_a_new_graph(row, case, backend, training=False)
 

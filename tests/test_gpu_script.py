@@ -56,6 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mechanism:
     return only
 
 
+@pytest.mark.slow
 def test_correctness_judges_every_kernel_launch_and_key_and_a_second_start_nothing_again(
     small: Mechanism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
