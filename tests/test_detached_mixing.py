@@ -110,7 +110,7 @@ def test_kernels_compute_it() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "portable"])
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_nothing_is_kept_for_a_branch(backend: str, number: int) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

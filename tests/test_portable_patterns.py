@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import triton_attn
 from triton_attn import CATALOG, use_backend
 from triton_attn.portable import _banded, _fused, _near, dilated_attention
 from triton_attn.portable.local_global_attention import SHORT
@@ -279,3 +281,21 @@ def test_a_scale_may_be_any_finite_number(label: str, scale: float) -> None:
     found, expected = (computed(label, given, weight, backend, scale=scale) for backend in ("portable", "reference"))
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, equal_nan=False)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: triton_attn.strided_attention(x, x, x, stride=4, include_self=True),
+        lambda x: triton_attn.sparse_attention(x, x, x, keep_ratio=0.25),
+        lambda x: triton_attn.dilated_attention(x, x, x, segment_lengths=(8, 16), dilation_rates=(1, 2)),
+    ],
+    ids=["strided", "subset", "dilated"],
+)
+def test_gradients_that_might_be_differentiated_are_the_same_and_that_is_refused(call: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(1, 2, 24, 8, requires_grad=True)
+    (plain,) = torch.autograd.grad(call(x).sum(), x)
+    (again,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
+    assert torch.equal(plain, again)
+    with pytest.raises(NotImplementedError, match="not implemented"):
+        torch.autograd.grad(again.sum(), x)

@@ -52,7 +52,7 @@ def test_shares_merge_to_what_one_program_computes(row: Mechanism, case: Case, d
         numerics.assert_matches(name, found, expected.truth[name], expected.size[name], **how)
 
 
-@pytest.mark.parametrize("splits", [2, 7, 40])
+@pytest.mark.parametrize("splits", [2, 7, pytest.param(40, marks=pytest.mark.slow)])
 def test_there_may_be_more_shares_than_tiles_of_keys_or_than_a_merge_reads_at_once(splits: int) -> None:
     for case in ROW.cases[:4]:
         judged(ROW, case, replace(TILE, splits=splits))

@@ -56,6 +56,7 @@ def offline(*arguments: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_offline_tuning_chooses_legal_tiles_and_compiles_nothing_twice(tmp_path: Path) -> None:
     path = tmp_path / "sm_80.json"
     assert offline("--folder", str(tmp_path)) == (0, f"{path}\n")

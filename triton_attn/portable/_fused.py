@@ -64,13 +64,42 @@ class _WithOwnKey(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad = together(grads[0])
-        query, keys, values, key, value, out, lse, weight, added = ctx.saved_tensors
+        return *_Gradients.apply(together(grads[0]), *ctx.saved_tensors, ctx.scale), None, None, None  # type: ignore[no-untyped-call]
+
+
+class Last(torch.autograd.Function):
+    """Gradients as an operation of their own, so that a second derivative is refused."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("the derivative of the gradients of this portable path is not implemented")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        raise NotImplementedError("the derivative of the gradients of this portable path is not implemented")
+
+
+class _Gradients(Last):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        weight: Tensor,
+        added: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
         dq, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, keys, values, out, lse, 0.0, False, attn_mask=added, scale=ctx.scale
+            grad, query, keys, values, out, lse, 0.0, False, attn_mask=added, scale=scale
         )
-        ds = (weight * (_rowwise(grad, value) - _rowwise(grad, out)) * ctx.scale).to(query.dtype)[..., None]
-        return dq.addcmul_(ds, key), dkeys, dvalues, ds * query, weight.to(grad.dtype)[..., None] * grad, None, None, None
+        ds = (weight * (_rowwise(grad, value) - _rowwise(grad, out)) * scale).to(query.dtype)[..., None]
+        return dq.addcmul_(ds, key), dkeys, dvalues, ds * query, weight.to(grad.dtype)[..., None] * grad
 
 
 def _rowwise(x: Tensor, y: Tensor) -> Tensor:

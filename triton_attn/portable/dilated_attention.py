@@ -204,9 +204,7 @@ class _Mixed(torch.autograd.Function):
         return *_Gradients.apply(_fused.together(grad), query, key, value, out, lse, *ctx.how), None, None, None, None  # type: ignore[no-untyped-call]
 
 
-class _Gradients(torch.autograd.Function):
-    """An operation of its own, so that a second derivative is refused."""
-
+class _Gradients(_fused.Last):
     @staticmethod
     def forward(
         ctx: Any,
@@ -231,14 +229,6 @@ class _Gradients(torch.autograd.Function):
             for gradient, part in zip(sums, found, strict=True):
                 gradient.copy_(part) if first else gradient.add_(part)
         return results
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("the derivative of the gradients of portable dilated attention is not implemented")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Any:
-        raise NotImplementedError("the derivative of the gradients of portable dilated attention is not implemented")
 
 
 def _pieces(branches: Sequence[Branch], *tensors: Tensor) -> Iterator[tuple[bool, list[Tensor]]]:
