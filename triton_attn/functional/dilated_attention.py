@@ -190,7 +190,7 @@ ROW = Mechanism(
         _case("segments that do not nest", 1, 2, 2, 30, 16, 16, (12, 20), (2, 1)),
         _case("grouped heads", 1, 4, 2, 30, 16, 16, (30, 15), (1, 2)),
         _case("offsets modulo the rate", 1, 3, 3, 36, 16, 16, (36, 18), (2, 1), offset_rule="mod"),
-        _case("head groups", 1, 7, 7, 24, 16, 16, (12, 24, 24), (1, 1, 2), mode="head_group"),
+        _case("head groups", 1, 10, 10, 24, 16, 16, (12, 24, 24, 8), (1, 1, 2, 2), mode="head_group"),
         _case("each key once", 1, 4, 2, 34, 16, 16, (17, 34), (1, 2), overlap="unique"),
         _case("causal", 1, 3, 3, 50, 16, 16, (25, 50), (1, 3), causal=True),
         _case("classes of several tiles", 1, 1, 1, 70, 16, 16, (35,), (2,), causal=True),
