@@ -19,6 +19,7 @@ from triton_attn import CATALOG, operators, use_backend
 from triton_attn.mechanism import Case, Mechanism
 
 LENGTHS = "mn"
+# portable, whose other graphs run here too, waits for test-all: half a minute
 OURS_FIRST = pytest.mark.parametrize("backend", [pytest.param("portable", marks=pytest.mark.slow), "triton"])
 
 

@@ -47,7 +47,6 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{f"{name}_rn": getattr(torch, name) for name in ("add", "div", "mul", "rsqrt", "sqrt", "sub")},
     "abs": torch.abs,
     "cbrt": lambda x: x.sign() * x.abs() ** (1 / 3),
-    "div_rz": functools.partial(torch.div, rounding_mode=None),
     "fast_dividef": torch.div,
     "fdim": lambda x, y: torch.where(x > y, x - y, torch.zeros_like(x)),
     "fma": lambda x, y, z: (x.double() * y.double() + z.double()).to(x.dtype),
