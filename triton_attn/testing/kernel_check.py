@@ -256,7 +256,7 @@ class _Check:
         yardstick = everything(grads, **{name: x.detach() for name, x in tensors.items()})
         comparisons = []
         for name, x, true, size, naive in zip(names, found, truth, sizes, yardstick, strict=True):
-            if narrower(x.dtype, naive.dtype):
+            if _narrower(x.dtype, naive.dtype):
                 raise AssertionError(f"{call}\nresult {name} is of {x.dtype}, where the reference gives {naive.dtype}")
             dtype = x.dtype if x.dtype in numerics.ROUNDOFF else call.dtype
             unit = max(dtype, call.dtype, key=lambda kind: numerics.ROUNDOFF[kind])
@@ -298,7 +298,7 @@ class _Check:
         return torch.autograd.grad([x for x, _ in pairs], self._leaves, [grad for _, grad in pairs], materialize_grads=True)
 
 
-def narrower(found: torch.dtype, wanted: torch.dtype) -> bool:
+def _narrower(found: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a result has less in it than what was wanted, or is of another kind. Statistics in float32 beside half operands may be."""
     if not (found.is_floating_point and wanted.is_floating_point):
         return found.is_floating_point != wanted.is_floating_point
