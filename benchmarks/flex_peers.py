@@ -23,6 +23,26 @@ def local_global(window: int, global_tokens: int = 0) -> Call:
     return lambda b, h, i, j: ((i - j).abs() <= window // 2) | (i < global_tokens) | (j < global_tokens)
 
 
+def flex_local_global() -> Call:
+    """Summaries stand before the keys, in a copy that each call makes."""
+    plain, behind = (
+        flex(local_global),
+        flex(lambda window, summaries: lambda b, h, i, j: (j < summaries) | ((i + summaries - j).abs() <= window // 2)),
+    )
+
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, *, global_key: Tensor | None = None, global_value: Tensor | None = None, **options: Any
+    ) -> Any:
+        if global_key is None or global_value is None:
+            return plain(query, key, value, **options)
+        if options.get("causal") or options.get("key_padding_mask") is not None or options.pop("global_tokens", 0):
+            raise NotImplementedError("summaries and a window alone")
+        key, value = torch.cat((global_key, key), 2), torch.cat((global_value, value), 2)
+        return behind(query, key, value, summaries=global_key.shape[2], **options)
+
+    return call
+
+
 def flex_subset() -> Call:
     """A score modification that reads a table of the chosen keys, made once for each tensor of indices: no block is without one."""
     from torch.nn.attention.flex_attention import flex_attention

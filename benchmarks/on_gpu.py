@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks
+from benchmarks import gpu_checks, targets
 from benchmarks.evidence import Check, Outcome, finish
 from triton_attn import CATALOG, bench, device, tiles
 from triton_attn.mechanism import Case, Mechanism
@@ -51,9 +51,10 @@ def tune(seconds: float, out: Path) -> Outcome:
 
 def peers() -> Iterator[Check]:
     """Every GPU workload beside every peer that runs, forward and forward + backward, with the ratio that is aimed at."""
+    from benchmarks import compositions
     from benchmarks import peers as others
 
-    for row in map(others.beside, CATALOG.values()):
+    for row in (*map(others.beside, CATALOG.values()), *compositions.ROWS):
         for case in row.workloads["cuda"]:
             for peer in row.peers:
                 for direction in (bench.FORWARD, bench.BOTH):
@@ -70,11 +71,15 @@ def _beside(row: Mechanism, case: Case, peer: str, direction: str) -> dict[str, 
 
 
 def _aimed(row: dict[str, Any]) -> dict[str, Any]:
-    from benchmarks.peers import target
-
-    aim = target(row["mechanism"], row["case"], row["direction"], row["peer"])
-    reached = {} if aim is None else {"target": aim, "reached": row["ratio"] >= aim}
-    said = "" if aim is None else f", target {aim:.2f} (on an H200){'' if row['ratio'] >= aim else ': missed'}"
+    name = row["mechanism"], row["case"], row["direction"]
+    aim, most = targets.ratio(*name, row["peer"]), targets.TIMES.get(name)
+    reached, said = {}, ""
+    if aim is not None:
+        reached = {"target": aim, "reached": row["ratio"] >= aim}
+        said = f", target {aim:.2f} (on an H200){'' if row['ratio'] >= aim else ': missed'}"
+    if most is not None:
+        reached |= {"most_milliseconds": most, "in_time": row["milliseconds"] <= most}
+        said += f"; {row['milliseconds']:.3f} ms of at most {most} (on an H200){'' if row['milliseconds'] <= most else ': missed'}"
     print(f"{row['mechanism']} {row['case']}, {row['direction']}, beside {row['peer']}: {row['ratio']:.2f}{said}", flush=True)
     return row | reached
 

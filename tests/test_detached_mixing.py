@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import _gathered
+from benchmarks.dilated_peers import _gathered
 from triton_attn import ArgumentError, dilated_attention, operators, use_backend
 from triton_attn.functional.dilated_attention import ROW
 from triton_attn.nn import DilatedAttention

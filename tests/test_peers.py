@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import mamba_peers, on_gpu, peers
+from benchmarks import compositions, dilated_peers, flex_peers, linear_peers, mamba_peers, on_gpu, peers, targets
 from triton_attn import CATALOG, bench
 from triton_attn.mechanism import Case
 from triton_attn.testing import inputs
@@ -26,7 +26,19 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
-LIBRARIES = ("fla", "liger_kernel", "flash_attn", "local_attention", "mambapy", "mamba_ssm", "causal_conv1d", "performer_pytorch")
+LIBRARIES = (
+    "fla",
+    "liger_kernel",
+    "flash_attn",
+    "local_attention",
+    "natten",
+    "dilated_attention_pytorch",
+    "xformers",
+    "mambapy",
+    "mamba_ssm",
+    "causal_conv1d",
+    "performer_pytorch",
+)
 
 
 @pytest.fixture
@@ -65,7 +77,9 @@ def test_without_their_libraries_only_torchs_and_transformers_own_peers_are_left
     added = {row.name: set(peers.beside(row).peers) - set(row.peers) for row in CATALOG.values()}
     assert added["attention"] == ({"SDPA cuDNN", "SDPA flash", "SDPA efficient", "FlexAttention"} if gpu else set())
     assert added["selective_scan"] <= {"transformers' loop"}
-    assert added["linear_attention"] == added["performer_attention"] == added["add_layer_norm"] == added["causal_conv1d"] == set()
+    assert added["performer_attention"] == added["add_layer_norm"] == added["causal_conv1d"] == set()
+    assert added["linear_attention"] == {"einsum", "einsum, compiled"}
+    assert added["dilated_attention"] == {"torchscale's way", "FlexAttention for each branch"}
     assert all(added[name] == {"FlexAttention"} for name in ("strided_attention", "local_global_attention", "subset_attention"))
 
 
@@ -76,12 +90,13 @@ def test_with_their_libraries_every_peer_has_its_row(library: Callable[..., None
     library("local_attention", LocalAttention=None)
     added = {row.name: set(peers.beside(row).peers) - set(row.peers) for row in CATALOG.values()}
     assert added["attention"] >= {"FA4", "fla"}
-    assert added["linear_attention"] == {"fla chunk", "fla fused chunk"}
+    assert added["linear_attention"] == {"einsum", "einsum, compiled", "fla chunk", "fla fused chunk"}
+    assert added["dilated_attention"] >= {"dilated-attention-pytorch"}
     assert added["performer_attention"] == {"performer-pytorch"}
     assert added["add_layer_norm"] == {"fla", "eager sum, Liger"}
     assert added["causal_conv1d"] == {"causal-conv1d", "fla"}
     assert added["selective_scan"] >= {"mambapy", "mamba-ssm"}
-    assert added["local_global_attention"] == {"FlexAttention", "local-attention"}
+    assert added["local_global_attention"] == {"FlexAttention", "local-attention", "natten", "FA4"}
 
 
 def drawn(name: str, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,7 +110,9 @@ HEADS = {"b": 1, "h": 2, "g": 2, "m": 9, "n": 9, "d": 4, "e": 4}
 
 @pytest.mark.parametrize("way", ["chunk", "fused chunk"])
 @pytest.mark.parametrize("feature_map", ["elu", "relu", "crelu", "identity"])
-def test_flas_linear_attention_is_given_features_in_its_layout(library: Callable[..., None], way: str, feature_map: str) -> None:
+def test_flas_linear_attention_is_given_features_in_its_layout(
+    library: Callable[..., None], monkeypatch: pytest.MonkeyPatch, way: str, feature_map: str
+) -> None:
     """A stand-in that computes what fla documents, for tensors of (batch, steps, heads, width)."""
     seen: list[str] = []
 
@@ -109,15 +126,18 @@ def test_flas_linear_attention_is_given_features_in_its_layout(library: Callable
         return attend
 
     library("fla.ops.linear_attn", chunk_linear_attn=documented("chunk"), fused_chunk_linear_attn=documented("fused chunk"))
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        fla = linear_peers.of_linear_attention()[f"fla {way}"]
     row = CATALOG["linear_attention"]
     options = {"causal": True, "feature_map": feature_map, "normalize": feature_map != "identity"}
     sizes = row.fitted({**HEADS, "f": 4}, options)
     tensors, options = drawn("linear_attention", Case("small", sizes, options))
-    out = peers.of_linear_attention()[f"fla {way}"](**tensors, **options)
+    out = fla(**tensors, **options)
     torch.testing.assert_close(out, row.call(**tensors, **options), rtol=1e-3, atol=1e-4)
     assert seen == [way]
     with pytest.raises(NotImplementedError, match="causal, one key head"):
-        peers.of_linear_attention()[f"fla {way}"](**tensors, **{**options, "causal": False})
+        fla(**tensors, **{**options, "causal": False})
 
 
 def test_flas_attention_is_causal_and_given_its_layout(library: Callable[..., None]) -> None:
@@ -193,16 +213,107 @@ def test_performer_pytorch_is_made_once_for_the_features_and_direction(library: 
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
     library("performer_pytorch", FastAttention=FastAttention)
-    peers._fast_attention.cache_clear()
+    linear_peers._fast_attention.cache_clear()
     tensors, _ = drawn("performer_attention", Case("small", {**HEADS, "f": 6}))
     del tensors["initial_normalizer"], tensors["initial_level"]
     for causal in (False, True, True):
         expected = F.scaled_dot_product_attention(tensors["query"], tensors["key"], tensors["value"], is_causal=causal)
-        torch.testing.assert_close(peers._performer_pytorch(**tensors, causal=causal), expected)
+        torch.testing.assert_close(linear_peers._performer_pytorch(**tensors, causal=causal), expected)
     assert made == [(4, 6, False), (4, 6, True)]
     with pytest.raises(NotImplementedError, match="no shared keys"):
-        peers._performer_pytorch(**tensors, kernel_epsilon=0.0)
-    peers._fast_attention.cache_clear()
+        linear_peers._performer_pytorch(**tensors, kernel_epsilon=0.0)
+    linear_peers._fast_attention.cache_clear()
+
+
+def test_natten_and_fa4_are_given_a_window_in_their_layout(library: Callable[..., None]) -> None:
+    def banded(q: Tensor, k: Tensor, v: Tensor, half: int) -> Tensor:
+        places = torch.arange(q.shape[1])
+        mask = (places[:, None] - places).abs() <= half
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+
+    library("natten.functional", na1d=lambda q, k, v, kernel_size: banded(q, k, v, kernel_size // 2))
+    library("flash_attn.cute", flash_attn_func=lambda q, k, v, window_size: (banded(q, k, v, window_size[0]), None))
+    row = CATALOG["local_global_attention"]
+    tensors, options = drawn(row.name, Case("small", {**HEADS, "c": 0}, {"window": 4}))
+    ours = row.call(**tensors, **options)
+    for peer in (peers._natten, peers._fa4_window):
+        torch.testing.assert_close(peer(**tensors, **options), ours)
+        with pytest.raises(NotImplementedError, match="a window alone"):
+            peer(**tensors, **options, global_tokens=2)
+
+
+# peers that need nothing but torch compute what ours does
+
+
+DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_mixes_the_branches_of_dilated_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda call, **how: call)  # compiled for a CPU it has no log-sum-exp
+    row = CATALOG["dilated_attention"]
+    tensors, options = drawn(row.name, Case("small", {"b": 1, "h": 2, "g": 2, "m": 32, "d": 16, "e": 16}, DILATED))
+    with torch.no_grad():
+        found = dilated_peers.of_dilated_attention()["FlexAttention for each branch"](**tensors, **options)
+    torch.testing.assert_close(found, row.call(**tensors, **options), rtol=1e-3, atol=1e-4)
+
+
+def test_dilated_attention_pytorch_is_asked_for_heads_of_each_branch(library: Callable[..., None]) -> None:
+    made: list[Any] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        made.append((tuple(q.shape), is_causal))
+        return q
+
+    def module(segment_lengths: Any, dilation_rates: Any) -> Callable[..., Tensor]:
+        made.append((segment_lengths, dilation_rates))
+        return attend
+
+    library("dilated_attention_pytorch.dilated_attention", DilatedAttention=module)
+    dilated_peers._dilated_module.cache_clear()
+    tensors, options = drawn("dilated_attention", Case("small", {"b": 1, "h": 2, "g": 2, "m": 32, "d": 16, "e": 16}, DILATED))
+    out = dilated_peers._dilated_attention_pytorch(**tensors, **options, mode="head_group", causal=True)
+    assert made == [((8, 16), (1, 2)), ((1, 32, 2, 16), True)]
+    assert out.shape == tensors["query"].shape
+    with pytest.raises(NotImplementedError, match="heads of its own"):
+        dilated_peers._dilated_attention_pytorch(**tensors, **options)
+    dilated_peers._dilated_module.cache_clear()
+
+
+def test_flex_attention_sees_summaries_before_the_keys() -> None:
+    row, how = CATALOG["local_global_attention"], {"window": 8, "global_key": "normal", "global_value": "normal"}
+    tensors, options = drawn(row.name, Case("small", {"b": 1, "h": 2, "g": 2, "m": 32, "d": 16, "e": 16, "c": 3}, how))
+    with torch.no_grad():
+        found = flex_peers.flex_local_global()(**tensors, **options)
+    torch.testing.assert_close(found, row.call(**tensors, **options), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", compositions.ROWS, ids=lambda row: row.name)
+def test_a_composition_is_what_its_peers_compute(row: Any) -> None:
+    small = {"b": 2, "h": 2, "g": 2, "m": 64, "n": 64, "d": 16, "e": 16, "f": 32}
+    options = {"block": 8, "causal": True} if row is compositions.STRIDED else {"rows": 8, "stages": 2}
+    tensors, options = inputs.draw(row, Case("small", {axis: small[axis] for axis in row.workloads["cuda"][0].sizes}, options))
+    with torch.no_grad():
+        ours = row.call(**tensors, **options)
+        for name in sorted(row.peers.keys() - {"dense, causal"}):
+            torch.testing.assert_close(row.peers[name](**tensors, **options), ours, rtol=1e-3, atol=1e-4)
+    for case in row.workloads["cuda"]:
+        assert row.work(case.sizes, case.options, 2).flops > 0
+
+
+@pytest.mark.parametrize("name", ["einsum", "cosines"])
+@pytest.mark.parametrize("way", ["whole", "causal"])
+def test_sums_operator_by_operator_are_ours(name: str, way: str) -> None:
+    row = CATALOG["linear_attention" if name == "einsum" else "meta_hydra_attention"]
+    sizes = {**HEADS, "f": 4} if name == "einsum" else {"b": 2, "r": 2, "h": 2, "m": 9, "n": 9, "d": 8}
+    tensors, options = drawn(row.name, Case("small", sizes, {"causal": way == "causal"}))
+    peer = peers.beside(row).peers[name]
+    if (name, way) == ("einsum", "causal"):
+        with pytest.raises(NotImplementedError, match="sees all keys"):
+            peer(**tensors, **options)
+    else:
+        torch.testing.assert_close(peer(**tensors, **options), row.call(**tensors, **options), rtol=1e-3, atol=1e-5)
 
 
 # what is aimed at
@@ -215,11 +326,14 @@ def test_every_target_is_of_a_workload_that_exists_and_of_a_peer_that_some_machi
     for name in (*LIBRARIES, "flash_attn.cute", "selective_scan_cuda"):
         library(name)
     library("local_attention", LocalAttention=None)
-    for (mechanism, workload, direction), aims in peers.TARGETS.items():
+    rows = {row.name: row for row in (*map(peers.beside, CATALOG.values()), *compositions.ROWS)}
+    for (mechanism, workload, direction), aims in targets.RATIOS.items():
         assert direction in (bench.FORWARD, bench.BOTH)
         assert all(0.5 < aim <= 50 for aim in aims.values())
-        assert workload in {case.name for case in CATALOG[mechanism].workloads["cuda"]}, (mechanism, workload)
-        assert set(aims) <= set(peers.beside(CATALOG[mechanism]).peers), (mechanism, workload)
+        assert workload in {case.name for case in rows[mechanism].workloads["cuda"]}, (mechanism, workload)
+        assert set(aims) <= set(rows[mechanism].peers), (mechanism, workload)
+    for mechanism, workload, _ in targets.TIMES:
+        assert workload in {case.name for case in rows[mechanism].workloads["cuda"]}, (mechanism, workload)
 
 
 def test_each_ratio_stands_beside_its_target(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +346,8 @@ def test_each_ratio_stands_beside_its_target(monkeypatch: pytest.MonkeyPatch, ca
         return bench.Timing(row.name, case.name, "", "bfloat16", "NVIDIA H200", direction, "kernel", 1.0, peer, ratio, ratio, 9, None)
 
     monkeypatch.setattr(on_gpu, "CATALOG", {"attention": row})
+    monkeypatch.setattr(compositions, "ROWS", ())
+    monkeypatch.setitem(targets.TIMES, (row.name, "dense d64", bench.FORWARD), 0.5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "time_beside", timed)
     rows = [check.run() for check in on_gpu.peers()]
@@ -245,3 +361,5 @@ def test_each_ratio_stands_beside_its_target(monkeypatch: pytest.MonkeyPatch, ca
     assert "attention dense d128, forward, beside SDPA cuDNN: 1.00, target 0.92 (on an H200)\n" in said
     assert "attention dense d128, forward, beside FlexAttention: 0.50, target 1.25 (on an H200): missed\n" in said
     assert "attention dense d128, forward, beside torch SDPA: 0.50\n" in said
+    assert found["dense d64", "torch SDPA", bench.FORWARD]["in_time"] is False
+    assert "beside torch SDPA: 0.50; 1.000 ms of at most 0.5 (on an H200): missed\n" in said

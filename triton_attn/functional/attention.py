@@ -196,6 +196,8 @@ ROW = Mechanism(
             _case("cross d64", 4, 16, 16, 4096, 512, 64, 64),
             _case("decoding d128", 1, 32, 8, 1, 32768, 128, 128),
             _case("few queries d96", 1, 8, 8, 77, 1369, 96, 96),
+            _case("text to patches d96, 16 images", 16, 8, 8, 77, 1369, 96, 96),
+            _case("16 prompts for each of 16 images d96", 16, 8, 8, 1232, 1369, 96, 96),
         ),
     },
     peers={"torch SDPA": _sdpa},

@@ -208,6 +208,7 @@ ROW = Mechanism(
         "cpu": (_case("12 times fewer pairs", 1, 8, 8, 16384, 64, 64, (1024, 4096, 16384), (1, 4, 16)),),
         "cuda": (
             _case("16k, three branches", 1, 16, 16, 16384, 64, 64, (2048, 8192, 16384), (1, 4, 8)),
+            _case("16k, a branch for each third of the heads", 1, 16, 16, 16384, 64, 64, (2048, 8192, 16384), (1, 4, 8), mode="head_group"),
             _case("32k, five branches", 1, 16, 16, 32768, 64, 64, (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)),
         ),
     },

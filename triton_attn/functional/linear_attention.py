@@ -201,6 +201,7 @@ def _case(name: str, *sizes: int, **options: Any) -> Case:
 
 
 _BEGUN = {"initial_state": "normal", "initial_normalizer": "positive"}
+_SUMS: Options = {"feature_map": "identity", "normalize": False, "causal": True}
 
 
 def _probes(width: int, plain: bool) -> tuple[Case, ...]:
@@ -266,8 +267,14 @@ ROW = Mechanism(
         "cuda": (
             _case("causal 8k, 96 heads", 1, 96, 96, 8192, 8192, 128, 128, causal=True),
             _case("causal 16k, 16 heads", 2, 16, 16, 16384, 16384, 128, 128, causal=True),
+            _case("causal 4k, 64 heads", 4, 64, 64, 4096, 4096, 128, 128, causal=True),
             _case("causal 2k, 16 heads", 4, 16, 16, 2048, 2048, 128, 128, causal=True),
+            _case("sums 8k, 96 heads", 1, 96, 96, 8192, 8192, 128, 128, **_SUMS),
+            _case("sums 16k, 16 heads", 2, 16, 16, 16384, 16384, 128, 128, **_SUMS),
+            _case("sums 4k, 64 heads", 4, 64, 64, 4096, 4096, 128, 128, **_SUMS),
+            _case("two signs, causal 16k, 16 heads", 2, 16, 16, 16384, 16384, 64, 64, feature_map="crelu", causal=True),
             _case("whole 16k", 2, 16, 16, 16384, 16384, 64, 64),
+            _case("whole 4k, 64 heads", 4, 64, 64, 4096, 4096, 128, 128),
         ),
     },
     peers={"torch SDPA": _sdpa},

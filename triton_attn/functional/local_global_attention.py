@@ -184,6 +184,7 @@ ROW = Mechanism(
         ),
         "cuda": (
             _case("window 512, 64 summaries, d128", 1, 16, 16, 16384, 128, 128, 64, window=512),
+            _case("window 512, d128", 1, 16, 16, 16384, 128, 128, window=512),
             _case("window 128, d64", 1, 16, 16, 16384, 64, 64, window=128),
             _case("window 2048, one head", 1, 1, 1, 32768, 128, 128, window=2048),
         ),

@@ -133,6 +133,8 @@ ROW = Mechanism(
     workloads={
         "cpu": (_case("4 branches, whole 4k", 1, 4, 8, 4096, 4096, 64),),
         "cuda": (
+            _case("one branch, whole 4k", 8, 1, 16, 4096, 4096, 64),
+            _case("one branch, causal 4k", 8, 1, 16, 4096, 4096, 64, causal=True),
             _case("4 branches, whole 16k", 2, 4, 16, 16384, 16384, 64),
             _case("4 branches, causal 8k", 1, 4, 16, 8192, 8192, 64, causal=True),
         ),
