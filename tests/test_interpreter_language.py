@@ -3,6 +3,7 @@
 # Triton has no types: its decorators, and what they decorate, are Any.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.libdevice import rsqrt
 
-from triton_attn.testing.interpreter import IntegerOverflow, OutOfBounds, Race, StrictnessError, strict_interpreter
+from triton_attn.testing.interpreter import IntegerOverflow, Misaligned, OutOfBounds, Race, StrictnessError, strict_interpreter
 
 
 @triton.jit
@@ -378,3 +379,63 @@ def test_waiting_for_a_flag_is_no_race() -> None:
 @triton.jit
 def added_in_place_kernel(x):
     tl.store(x, tl.load(x) + 1)
+
+
+# atomic updates by descriptors
+
+
+@triton.jit
+def reduced_kernel(x, out, rows, step, shift, HOW: tl.constexpr):
+    described = tl.make_tensor_descriptor(out, [rows, 16], [16, 1], [4, 16])
+    block = tl.load(x + tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :])
+    at = tl.program_id(0) * step
+    if HOW == "add":
+        described.atomic_add([at, shift], block)
+    elif HOW == "min":
+        described.atomic_min([at, shift], block)
+    elif HOW == "max":
+        described.atomic_max([at, shift], block)
+    else:
+        described.atomic_xor([at, shift], block)
+
+
+HOW: dict[str, Callable[..., Tensor]] = {"add": torch.add, "min": torch.minimum, "max": torch.maximum, "xor": torch.bitwise_xor}
+# what the language lets pass
+REDUCED = [("add", torch.float32), *itertools.product(("add", "min", "max"), (torch.float16, torch.bfloat16))]
+REDUCED += itertools.product(HOW, (torch.int32, torch.uint32))
+
+
+@pytest.mark.parametrize(("how", "dtype"), REDUCED)
+def test_descriptors_update_atomically_what_lies_in_them(how: str, dtype: torch.dtype) -> None:
+    x, out = (torch.randint(0 if dtype == torch.uint32 else -9, 9, (rows, 16)).to(dtype) for rows in (4, 5))
+    wide = torch.int64 if dtype == torch.uint32 else dtype
+    expected = out.to(wide)
+    for first in (0, 2):
+        expected[first : first + 4] = HOW[how](expected[first : first + 4], x[: 5 - first].to(wide))
+    launched(reduced_kernel, x, out, 5, 2, 0, how, grid=2)  # rows in common: no race
+    assert torch.equal(out.to(wide), expected)
+
+
+def test_an_update_by_a_descriptor_is_checked_as_any_other() -> None:
+    x, out = torch.ones(4, 16), torch.zeros(5, 16)
+    with pytest.raises(OutOfBounds) as raised:
+        launched(reduced_kernel, x, out, 6, 2, 0, "add", grid=2)
+    assert (raised.value.tensor, raised.value.index) == ("out", 80)
+    with pytest.raises(Misaligned):
+        launched(reduced_kernel, x, out, 5, 2, 2, "add")
+    with pytest.raises(Race):
+        launched(mixed_kernel, x, out, grid=2)
+
+
+@triton.jit
+def mixed_kernel(x, out):
+    described = tl.make_tensor_descriptor(out, [5, 16], [16, 1], [4, 16])
+    if tl.program_id(0) == 0:
+        described.atomic_add([0, 0], described.load([0, 0]))
+    else:
+        tl.store(out, 1.0)
+
+
+def test_plain_triton_has_no_atomic_updates_by_descriptors() -> None:
+    with pytest.raises(Exception, match="create_descriptor_reduce"):
+        reduced_kernel[(1,)](torch.ones(4, 16), torch.zeros(5, 16), 5, 2, 0, "add")

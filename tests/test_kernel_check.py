@@ -10,9 +10,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import find
+from hypothesis.strategies import SearchStrategy
 
 from triton_attn import device
-from triton_attn.testing import CheckError, KernelFault, StrictnessError, check_kernel
+from triton_attn.testing import CheckError, KernelFault, StrictnessError, check_kernel, strategies
 from triton_attn.testing.sensitivity import sensitivity
 
 
@@ -231,6 +233,25 @@ def test_launches_of_one_program_are_told() -> None:
     assert alone.programs == 1
     assert "every launch was one program" in str(alone)
     assert "one program" not in str(check_kernel(by_rows("copy"), same, ROWS, **SINGLE))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "every"),
+    [
+        (strategies.dtypes(), {torch.float32, torch.float16, torch.bfloat16}),
+        (strategies.dtypes((torch.float16, torch.float64, torch.float32)), {torch.float16, torch.float64, torch.float32}),
+    ],
+    ids=["by default", "of the caller's"],
+)
+def test_dtypes_are_drawn_and_shrink_to_float32(drawn: SearchStrategy[torch.dtype], every: set[torch.dtype]) -> None:
+    assert {find(drawn, lambda dtype, wanted=wanted: dtype == wanted) for wanted in every} == every  # type: ignore[misc]
+    assert find(drawn, lambda dtype: True) == torch.float32
+    assert find(strategies.dtypes((torch.bfloat16, torch.float16)), lambda dtype: True) == torch.bfloat16
+
+
+def test_a_kernel_that_is_wrong_in_every_dtype_is_shown_in_float32() -> None:
+    with pytest.raises(AssertionError, match=r"dtype=torch\.float32"):
+        check_kernel(by_rows("copy"), lambda x: 2 * x, ROWS, **{**FORWARD, "dtypes": [torch.float16, torch.float32]})
 
 
 REFUSED: list[tuple[str, Callable[..., Any], Callable[..., Any], Any, dict[str, Any], str]] = [

@@ -171,11 +171,13 @@ def test_a_patched_model_generates_the_same_tokens(name: str) -> None:
 
 @installed("transformers Qwen2.5-VL, vision tower, 2 frames")
 def test_a_vision_tower_makes_one_call_for_all_of_its_windows(name: str) -> None:
+    from triton_attn.integrations.transformers import register
+
     model: Any = made(name)[0]
     _, call = made(name)
     model.set_attn_implementation("sdpa")
     before = model.config._attn_implementation
-    triton_attn.integrations.transformers.register()
+    register()
     model.set_attn_implementation("triton_attn")  # by its interface alone: a call for every window
     with counted() as many:
         call(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 BOUNDARIES: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -21,6 +21,9 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv,
 }
+# where the mask of an access stands by position
+MASKED = {"load": 1, "atomic_load": 1, "store": 2, "atomic_store": 2}
+MASKED |= {f"atomic_{name}": 2 for name in ("add", "and", "max", "min", "or", "xchg", "xor")}
 MISTAKEN = {"max": "min", "min": "max", "sum": "max", "exp2": "exp", "exp": "exp2", "log2": "log", "log": "log2"}
 
 
@@ -56,11 +59,8 @@ def exchanges(node: Any, tree: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
 def _exchanged_calls(node: ast.Call) -> Iterator[tuple[str, Any]]:
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     named = {keyword.arg: keyword for keyword in node.keywords}
-    if name in ("load", "store") and "mask" in named:
-        yield "forgotten mask", _with(node, keywords=[keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")])
-    if name == "load" and "other" in named:
-        other = ast.Constant(0) if ast.unparse(named["other"].value) not in ("0", "0.0") else ast.Constant(1)
-        yield "wrong filler", _with(node, keywords=[named["mask"], ast.keyword("other", other)])
+    if name in MASKED:
+        yield from _exchanged_accesses(node, name, named)
     if name == "where" and len(node.args) == 3:
         yield "swapped branches", _with(node, args=[node.args[0], node.args[2], node.args[1]])
         yield "forgotten where", node.args[1]
@@ -77,10 +77,39 @@ def _exchanged_calls(node: ast.Call) -> Iterator[tuple[str, Any]]:
         first, end, step = node.args
         yield "swapped bounds", _with(node, args=[step, end, step])
         yield "swapped bounds", _with(node, args=[first, ast.BinOp(end, ast.Sub(), step), step])
+    if name in ("range", "static_range") and len(node.args) == 2:
+        (first, end), step = node.args, named["step"].value if "step" in named else ast.Constant(1)
+        yield "swapped bounds", _with(node, args=[ast.BinOp(first, ast.Add(), step), end])
+        yield "swapped bounds", _with(node, args=[first, ast.BinOp(end, ast.Sub(), step)])
     if name == "dot" and len(node.args) == 3:
         yield "forgotten accumulator", _with(node, args=node.args[:2])
+    if name == "dot" and "acc" in named:
+        yield "forgotten accumulator", _with(node, keywords=_without(node, "acc"))
     if name == "full" and len(node.args) > 1:
         yield "wrong start", _with(node, args=[node.args[0], ast.Constant(0.0), *node.args[2:]])
+
+
+def _exchanged_accesses(node: ast.Call, name: str, named: Mapping[str | None, ast.keyword]) -> Iterator[tuple[str, Any]]:
+    """Of an access that has a mask, by name or by position."""
+    place = MASKED[name]
+    end = place + (2 if name == "load" else 1)  # what is loaded in its place stands behind the mask
+    if "mask" in named or len(node.args) > place:
+        gone = [ast.Constant(None)] * (end - place) if len(node.args) > end else []  # what follows keeps its position
+        args = [*node.args[:place], *gone, *node.args[end:]]
+        yield "forgotten mask", _with(node, args=args, keywords=_without(node, "mask", "other"))
+    if name == "load" and "other" in named:
+        keywords = [ast.keyword("other", _filler(each.value)) if each.arg == "other" else each for each in node.keywords]
+        yield "wrong filler", _with(node, keywords=keywords)
+    elif name == "load" and len(node.args) > 2:
+        yield "wrong filler", _with(node, args=[*node.args[:2], _filler(node.args[2]), *node.args[3:]])
+
+
+def _filler(right: ast.expr) -> ast.Constant:
+    return ast.Constant(0) if ast.unparse(right) not in ("0", "0.0") else ast.Constant(1)
+
+
+def _without(node: ast.Call, *names: str) -> list[ast.keyword]:
+    return [keyword for keyword in node.keywords if keyword.arg not in names]
 
 
 def _assigned_before(node: ast.Assign, tree: ast.FunctionDef) -> bool:

@@ -25,7 +25,6 @@ from triton_attn.testing.unwritten import poisoned_memory
 
 Draw = Callable[[Mapping[str, int], torch.Generator], Tensor]  # sizes by axis name, generator -> tensor
 Choice = Any  # a strategy, a sequence to sample from, or one value
-ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class CheckError(ValueError):
@@ -68,7 +67,7 @@ def check_kernel(
     sizes: Mapping[str, Choice] | None = None,
     options: Mapping[str, Choice] | None = None,
     where: Callable[[Mapping[str, int]], bool] = lambda sizes: True,
-    dtypes: Sequence[torch.dtype] = ALL_DTYPES,
+    dtypes: Sequence[torch.dtype] = strategies.DTYPES,
     layouts: Sequence[str] = drawing.LAYOUTS,
     spreads: Sequence[float] = (1.0, 0.1, 8.0, 64.0),
     products: Literal["ieee", "tf32"] = "ieee",
@@ -127,7 +126,7 @@ def check_kernel(
         Call,
         sizes=drawn_sizes.filter(where),
         options=st.fixed_dictionaries({name: _choice(choice) for name, choice in options.items()}),
-        dtype=st.sampled_from(list(dtypes)),
+        dtype=strategies.dtypes(dtypes),
         layouts=st.fixed_dictionaries({name: st.sampled_from(list(layouts)) for name in check.axes}),
         spread=st.sampled_from(list(spreads)),
         seed=st.integers(0, 2**16),

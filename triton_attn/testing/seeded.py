@@ -106,9 +106,8 @@ def _ran(check: Callable[[], object]) -> tuple[dict[str, Any], frozenset[tuple[s
         code = frame.f_code
         if event == "call":
             if code not in inside:
-                inside[code] = (
-                    f"{frame.f_globals.get('__name__')}.{code.co_name}" in record.functions and "/triton/" not in code.co_filename
-                )
+                known = {(jitted.fn.__module__, jitted.fn.__name__) for jitted in record.functions.values()}
+                inside[code] = (frame.f_globals.get("__name__"), code.co_name) in known and "/triton/" not in code.co_filename
             if not inside[code]:
                 return None
         lines.add((code.co_filename, frame.f_lineno))
@@ -142,8 +141,8 @@ def faults(found_running: Ran) -> list[Fault]:
 
 @contextmanager
 def planted(fault: Fault, functions: Mapping[str, Any]) -> Iterator[None]:
-    """Run the faulty function in place of the right one."""
-    from triton.runtime.interpreter import InterpretedFunction
+    """Run the faulty function in place of the right one, and of every other that the same `def` makes: a check may make its own."""
+    from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction
 
     function = functions[fault.function]
     tree, _ = _parsed(function)
@@ -152,16 +151,25 @@ def planted(fault: Fault, functions: Mapping[str, Any]) -> Iterator[None]:
         node = getattr(node, field) if position is None else getattr(node, field)[position]
     _, exchanged = list(exchanges(node, tree))[fault.choice]
     faulty = _replaced(tree, fault.path, exchanged)
-    rewriter = function.rewriter
-    function.rewrite()  # learns the file and the first line
-    module = rewriter.ast_transformer.visit(ast.Module([faulty], []))
-    ast.increment_lineno(ast.fix_missing_locations(module), rewriter.def_file_lineno - 1)
-    right = InterpretedFunction.rewritten_fn[function.fn]
-    InterpretedFunction.rewritten_fn[function.fn] = rewriter._compile_and_exec(module)
+    code, rewritten, transform = function.fn.__code__, InterpretedFunction.rewritten_fn, FunctionRewriter._transform_ast
+
+    def transformed(rewriter: Any, source: str) -> Any:
+        if rewriter.fn.__code__ is not code:
+            return transform(rewriter, source)
+        module = rewriter.ast_transformer.visit(ast.Module([copy.deepcopy(faulty)], []))
+        return ast.increment_lineno(ast.fix_missing_locations(module), rewriter.def_file_lineno - 1)
+
+    def taken_out() -> dict[Any, Any]:
+        return {fn: rewritten.pop(fn) for fn in [*rewritten] if fn.__code__ is code}
+
+    right = taken_out()
+    FunctionRewriter._transform_ast = transformed
     try:
         yield
     finally:
-        InterpretedFunction.rewritten_fn[function.fn] = right
+        FunctionRewriter._transform_ast = transform
+        taken_out()
+        rewritten.update(right)
 
 
 def bite(

@@ -1,18 +1,21 @@
-"""Hypothesis strategies: sizes biased to the edges of tiles, layouts, spreads, and calls of a catalogue row.
+"""Hypothesis strategies: sizes biased to the edges of tiles, dtypes, layouts, spreads, and calls of a catalogue row.
 
 What they draw shrinks to small, readable cases: values come from a `torch.Generator` that a drawn seed feeds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from hypothesis import strategies as st
 
 from triton_attn.mechanism import Case, Mechanism
 from triton_attn.testing import inputs
 from triton_attn.tiles import Tile
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (1, 8, 15, 16, 17, 24, 32, 40)
 
 
@@ -21,6 +24,11 @@ def edges(smallest: int = 1, largest: int = 48, tile: int = 16) -> st.SearchStra
     near = {smallest, smallest + 1, largest, *(size + step for size in range(tile, largest + 1, tile) for step in (-1, 0, 1))}
     # integers first: failures shrink to the first alternative
     return st.integers(smallest, largest) | st.sampled_from(sorted(size for size in near if smallest <= size <= largest))
+
+
+def dtypes(among: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[torch.dtype]:
+    """Dtypes of tensors; failures shrink to float32 if it is among them, else to the first."""
+    return st.sampled_from(sorted(among, key=lambda dtype: dtype != torch.float32))
 
 
 lengths = edges(0)

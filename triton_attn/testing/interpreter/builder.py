@@ -146,19 +146,33 @@ class StrictBuilder(plain.InterpreterBuilder):  # type: ignore[misc]
     def create_atomic_rmw(self, rmwOp: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any) -> Handle:
         self._touch("atomic", ptr, mask)
         if rmwOp == plain._ir.ATOMIC_OP.FADD and is_bfloat16(val):
-            return self._add_bfloat16(ptr, val, mask)
+            return self._updated(ptr, val, mask, np.add)
         return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
 
-    def _add_bfloat16(self, ptr: Handle, val: Handle, mask: Handle) -> Handle:
-        """One lane after the other, since lanes may share an address; NumPy's atomics know no bfloat16."""
-        before = np.zeros(ptr.data.shape, np.uint16)
+    def _updated(self, ptr: Handle, val: Handle, mask: Handle, combine: Callable[..., Any]) -> Handle:
+        """One lane after the other, since lanes may share an address; Triton's own knows no bfloat16, and of float16 only sums."""
+        kind = val.data.dtype
+        before = np.zeros(ptr.data.shape, kind)
         for lane in np.ndindex(ptr.data.shape):
             if mask.data[lane]:
                 here, always = ptr.data[lane].reshape(1), np.ones(1, np.bool_)
-                before[lane] = plain._interpreter.load(here, always, np.zeros(1, np.uint16), np.dtype(np.uint16))[0]
-                after = formats.widen(before[lane].reshape(1)) + formats.widen(val.data[lane].reshape(1))
-                plain._interpreter.store(here, formats.narrow(after), always)
-        return plain.TensorHandle(before, tl.bfloat16)
+                before[lane] = plain._interpreter.load(here, always, np.zeros(1, kind), kind)[0]
+                old, new = (widened(plain.TensorHandle(x[lane].reshape(1), val.dtype.scalar)).data for x in (before, val.data))
+                after = combine(old, new)
+                plain._interpreter.store(here, formats.narrow(after) if is_bfloat16(val) else after, always)
+        return plain.TensorHandle(before, val.dtype.scalar)
+
+    def create_descriptor_reduce(self, kind: Any, desc: Any, value: Handle, indices: Any) -> None:
+        """A descriptor's atomic update, which Triton's own interpreter lacks."""
+        pointers, mask = desc.materialize_pointers(indices)
+        element, name = value.dtype.scalar, kind.name
+        if element.is_floating() and name != "ADD":  # the language lets these pass in 16 bits alone
+            self._touch("atomic", pointers, mask)
+            self._updated(pointers, value, mask, {"MIN": np.fmin, "MAX": np.fmax}[name])
+            return
+        letter = "F" if element.is_floating() else "U" if element.is_int_unsigned() and name in ("MIN", "MAX") else ""
+        operation = getattr(plain._ir.ATOMIC_OP, letter + name)
+        self.create_atomic_rmw(operation, pointers, value, mask, plain._ir.MEM_SEMANTIC.RELAXED, plain._ir.MEM_SYNC_SCOPE.GPU)
 
     def create_make_tensor_descriptor(self, base: Handle, shape: Any, strides: Any, *rest: Any) -> Any:
         width = base.dtype.element_ty.primitive_bitwidth // 8

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,7 @@ def _install() -> None:
     _exchange(device, "interpreter_computes_bfloat16", True)
     _exchange(Autotuner, "run", _first_configuration(Autotuner.run))
     _exchange(TritonSemantic, "binary_op_sanitize_overflow_impl", _unchecked)
+    _exchange(TritonSemantic, "_has_native_tma", lambda semantic: True)  # it asks a GPU that is not there
     _exchange(TritonSemantic, "load", _telling(TritonSemantic.load))
     # the language is patched once, not for every launch and every call of a device function
     scope = plain._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
@@ -106,6 +107,7 @@ def _install() -> None:
         _exchange(device_library, name, libdevice.interpreted(name))
     # kernels rewritten for loops of tensors, beside those that plain interpretation has rewritten
     _exchange(plain.FunctionRewriter, "ast_transformer", _Counting())
+    _exchange(plain.FunctionRewriter, "_compile_and_exec", _enclosed(plain.FunctionRewriter._compile_and_exec))
     _exchange(plain.InterpretedFunction, "rewritten_fn", _rewritten)
     _exchange(JITFunction, "run", _refused)
     plain.interpreter_semantic.counted = counted
@@ -152,23 +154,52 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _prepared(jitted: Any) -> Any:
     """The Python function to run. What its file took out of the language by name, `exp = tl.exp`, is patched first."""
     function = jitted.rewrite()
-    full = f"{function.__module__}.{function.__qualname__}"
+    full = f"{jitted.fn.__module__}.{jitted.fn.__qualname__}"
     if full not in _nested[-1].record.functions:
         for settings in _nested:
             settings.record.functions[full] = jitted
         names = function.__globals__
         for name, value in list(names.items()):
-            if (known := libdevice.named(value)) is not None:
+            if (interpreted := _interpreted(value)) is not None:
                 _restoring.callback(names.__setitem__, name, value)
-                names[name] = libdevice.interpreted(known)
-            elif tl.core.is_builtin(value):
-                _restoring.callback(names.__setitem__, name, value)
-                names[name] = _interpreted(value)
+                names[name] = interpreted
     return function
 
 
-def _interpreted(builtin: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: builtin(*args, **{**kwargs, "_semantic": plain.interpreter_semantic})
+def _interpreted(value: Any) -> Callable[..., Any] | None:
+    """What stands for a function of the language, or of libdevice; None for anything else."""
+    if (known := libdevice.named(value)) is not None:
+        return libdevice.interpreted(known)
+    if not tl.core.is_builtin(value):
+        return None
+    return lambda *args, **kwargs: value(*args, **{**kwargs, "_semantic": plain.interpreter_semantic})
+
+
+def _enclosed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton compiles a function by itself, where it does not see the variables of the function around it: it gets its cells back."""
+
+    def compiled_inside(self: Any, module: ast.Module) -> Any:
+        fn = self.fn
+        if not fn.__closure__:
+            return compiled(self, module)
+        cells = dict(zip(fn.__code__.co_freevars, fn.__closure__, strict=True))
+        around = ast.parse(f"def {fn.__name__}({', '.join(cells)}): return {fn.__name__}")
+        around.body[0].body.insert(0, module.body[0])  # type: ignore[attr-defined]
+        code = compiled(self, ast.fix_missing_locations(around))(*cells).__code__
+        function = FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, tuple(_cell(cells[name]) for name in code.co_freevars))
+        function.__annotations__, function.__kwdefaults__ = fn.__annotations__, fn.__kwdefaults__
+        return function
+
+    return compiled_inside
+
+
+def _cell(cell: CellType) -> CellType:
+    """The same, unless it holds a function that has to be interpreted."""
+    try:
+        interpreted = _interpreted(cell.cell_contents)
+    except ValueError:  # nothing is in it yet
+        return cell
+    return cell if interpreted is None else CellType(interpreted)
 
 
 def _refused(self: Any, *args: Any, **kwargs: Any) -> Any:
