@@ -165,6 +165,7 @@ ROW = Mechanism(
         _case("first tokens", 1, 4, 2, 45, 16, 16, window=10, global_tokens=3),
         _case("first tokens, a tile and more", 1, 2, 1, 40, 16, 16, window=6, global_tokens=19),
         _case("first tokens, wide window", 1, 1, 1, 52, 16, 16, window=92, global_tokens=2),
+        _case("first tokens, a tile of them, wide window", 1, 1, 1, 52, 16, 16, window=92, global_tokens=16),
         _case("causal, first tokens, wide window", 1, 1, 1, 52, 16, 16, window=80, global_tokens=2, causal=True),
         _case("summaries", 2, 2, 1, 41, 16, 24, 5, window=12),
         _case("causal", 1, 2, 2, 60, 16, 16, window=40, causal=True),

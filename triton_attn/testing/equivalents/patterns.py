@@ -57,7 +57,27 @@ PATTERNS = (
     Argument(
         "a query that sees its own key has as many keys beside it as queries; and the rule hides the others",
         tuple(f"runs: tl.minimum(last + 1, len_n) -> {end}" for end in ("last + 1", "len_n")),
-        ("strided_attention",),
+        ("strided_attention", "subset_attention"),
+    ),
+    Argument(
+        "the own keys' run begins earlier, at another multiple of four, tiles having 16 rows and more: the rule hides what is too much",
+        ("runs: first // 4 * 4 -> first // 4", "runs: first // 4 -> first % 4"),
+        ("subset_attention",),
+    ),
+    Argument(
+        "the subset is a copy of its keys and values, and its positions are made for it: columns and positions have step 1, and fit",
+        (
+            "load_extra: strides[0] -> strides[1]",  # of the columns; of items, the same words, it is caught
+            "load_extra: strides[1] -> strides[0]",
+            "standing_for: n.to(tl.int64) * positions_strides[2] -> n.to(tl.int64)",
+            "standing_for: n.to(tl.int64) -> n",
+        ),
+        ("subset_attention",),
+    ),
+    Argument(
+        "a last key too late: queries are visited with the rule that need none, or all of them where no key of the tile is there",
+        ("backward_key_kernel: -1 -> 1",),
+        ("subset_attention",),
     ),
     Argument(
         "keys outside of the band, or fewer full tiles of it, in any of the three runs: the rule hides what is too much",

@@ -40,7 +40,7 @@ SOFTMAX = (
             *(f"{kernel}: {LAST_M}{change}" for kernel in BY_QUERY for change in (f" - 1 -> {LAST_M} + 1", " -> count", " -> BLOCK_M")),
             *(f"backward_key_kernel: {LAST_N}{change}" for change in (f" - 1 -> {LAST_N} + 1", " -> count", " -> BLOCK_N")),
         ),
-        ("attention", "strided_attention", "local_global_attention", "dilated_attention"),
+        ("attention", "strided_attention", "local_global_attention", "subset_attention", "dilated_attention"),
     ),
     Argument(
         "an empty run is read by nobody: the interpreter takes its descriptor, a GPU would not",
