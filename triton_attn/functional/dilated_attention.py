@@ -200,6 +200,7 @@ ROW = Mechanism(
         _case("causal, each key once", 1, 2, 2, 40, 16, 16, (40, 20), (2, 1), causal=True, overlap="unique"),
         _case("causal, grouped heads", 1, 2, 1, 36, 16, 16, (36, 9), (1, 2), causal=True),
         _case("each key once, coarse first", 1, 2, 1, 12, 16, 16, (12, 3, 6), (2, 1, 1), overlap="unique"),
+        _case("each key once, classes in the middle", 1, 1, 1, 12, 16, 16, (12, 6, 6), (2, 2, 1), overlap="unique"),
         _case("padded keys", 2, 2, 2, 36, 16, 16, (18, 36), (1, 2), key_padding_mask="random"),
         _case("padded before the beginning", 1, 1, 1, 48, 16, 16, (48, 24), (1, 2), key_padding_mask="prefix"),
         _case("dropout", 1, 2, 1, 24, 16, 16, (12, 24), (1, 2), dropout_p=0.2),
