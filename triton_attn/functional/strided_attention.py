@@ -148,7 +148,7 @@ ROW = Mechanism(
         case("causal", 1, 2, 2, 40, 40, 16, 16, stride=2, phase=1, causal=True),
         case("causal, own key", 2, 2, 1, 40, 40, 16, 16, stride=7, phase=3, include_self=True, causal=True),
         case("causal, fewer queries", 1, 2, 1, 18, 70, 16, 16, stride=3, phase=2, causal="bottom_right"),
-        case("causal, fewer keys", 1, 2, 1, 35, 18, 16, 16, stride=2, causal="bottom_right"),
+        case("causal, fewer keys", 1, 2, 1, 35, 18, 16, 16, stride=1, causal="bottom_right"),
         case("stride of a tile and more", 1, 2, 2, 33, 40, 16, 16, stride=33, phase=6),
         case("padded keys", 2, 2, 2, 36, 36, 16, 16, stride=2, include_self=True, key_padding_mask="random"),
         case("padded before the beginning", 1, 2, 1, 40, 80, 16, 16, stride=2, causal="bottom_right", key_padding_mask="prefix"),
