@@ -26,6 +26,7 @@ from triton_attn.testing.unwritten import poisoned_memory
 from triton_attn.tiles import Tile, source_hash
 
 TILE = Tile(16, 16, 4, 1)
+MIXED = "mixed"  # the numbers of every other tensor lie apart
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,11 @@ def _calls(mechanism: str, variant: str) -> tuple[tuple[verify.Expected, Tile], 
     kernel = next(kernel for kernel in row.kernels if kernel.name == variant)
     expected = []
     for case, dtype, spread, layout, tile in _asked(row, kernel):
+        mixed, layout = layout == MIXED, inputs.CONTIGUOUS if layout == MIXED else layout
         tensors, options = inputs.draw(row, case, dtype=dtype, spread=spread, layout=layout)
+        if mixed:
+            given = [(name, x) for name, how in row.inputs.items() if how.kind == "values" and (x := tensors[name]) is not None]
+            tensors |= {name: inputs.laid_out(x, inputs.STRIDED) for name, x in given[::2]}
         if "scale" in row.options:
             options.setdefault("scale", None)
         judged = verify.expect(row, tensors, options, case.sizes, dtype=dtype, statistical=spread <= 1.0, layout=layout)
@@ -174,6 +179,8 @@ def _any_layout(row: Mechanism, kernel: Kernel, cases: Sequence[Case]) -> Specia
     for axis, layout in enumerate(inputs.FAR_ALONG):
         for case in (bare, *laden):
             yield _sized(row, case, **_heads(row, axis), m=5, n=5), layout, TILE
+    for case in (bare, *laden):
+        yield _sized(row, case, **ONE, m=5, n=5), MIXED, TILE
 
 
 def _any_numbers(row: Mechanism, cases: Sequence[Case]) -> Iterator[tuple[Case, torch.dtype, float]]:

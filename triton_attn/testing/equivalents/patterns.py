@@ -65,14 +65,17 @@ PATTERNS = (
         ("subset_attention",),
     ),
     Argument(
-        "the subset is a copy of its keys and values, and its positions are made for it: columns and positions have step 1, and fit",
+        "the subset is a copy of its keys and values: columns have step 1",
         (
             "load_extra: strides[0] -> strides[1]",  # of the columns; of items, the same words, it is caught
             "load_extra: strides[1] -> strides[0]",
-            "standing_for: n.to(tl.int64) * positions_strides[2] -> n.to(tl.int64)",
-            "standing_for: n.to(tl.int64) -> n",
         ),
         ("subset_attention",),
+    ),
+    Argument(
+        "positions are made for the call: they have step 1, and fit",
+        ("standing_for: n.to(tl.int64) * positions_strides[2] -> n.to(tl.int64)", "standing_for: n.to(tl.int64) -> n"),
+        ("local_global_attention", "subset_attention"),
     ),
     Argument(
         "a last key too late: queries are visited with the rule that need none, or all of them where no key of the tile is there",
