@@ -152,10 +152,7 @@ def _case(
 
 def _probes(width: int, plain: bool) -> tuple[Case, ...]:
     if plain:
-        return (
-            _case("two branches", 2, 8, 8, 4096, width, width, (1024, 4096), (1, 4), causal=True),
-            _case("five branches", 2, 16, 8, 4000, width, width, (250, 500, 1000, 2000, 4000), (1, 2, 4, 6, 12)),
-        )
+        return (_case("two branches", 2, 8, 8, 4096, width, width, (1024, 4096), (1, 4), causal=True),)
     return (_case("everything", 2, 8, 4, 1000, width - 4, width - 4, (96, 300), (1, 3), overlap="unique", **RIDERS),)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from triton_attn.testing.equivalents.argument import Argument
+from triton_attn.testing.equivalents.softmax import LAST_M, LAST_N
 
 RUN = "tl.minimum({} + numbers[0] + 1, end) - low"
 QUERIES, BEFORE = "tl.minimum(segment + length, len_m) - segment - phase", "(first - numbers[0] - segment - phase) // rate"
@@ -141,5 +142,24 @@ PATTERNS = (
             "backward_key_kernel: if SCATTER -> if not SCATTER",
         ),
         ("local_global_attention",),
+    ),
+    Argument(
+        "a last row too late: rows begin and end later and later, so that fewer keys are seen by all and more looked at by the rule",
+        (
+            f"forward_kernel: {LAST_M} -> count",
+            f"backward_query_kernel: {LAST_M} -> count",
+            f"backward_key_kernel: {LAST_N} -> count",
+        ),
+        ("attention_varlen",),
+    ),
+    Argument(
+        "fewer keys that every row sees, or more that one may see, which the rule looks at",
+        ("spans: tl.maximum(until - everyone, 0) -> 0", "spans: tl.minimum(everyone, end) -> everyone"),
+        ("attention_varlen",),
+    ),
+    Argument(
+        "an absent query has weight 0 in every sum, and is not stored",
+        tuple(f"keep: tl.load(numbers[{i}] + m, mask=inside, other=0) -> tl.load(numbers[{i}] + m, mask=inside, other=1)" for i in (0, 1)),
+        ("attention_varlen",),
     ),
 )

@@ -60,7 +60,7 @@ SOFTMAX = (
             "backward_key_kernel: shared % groups * group -> shared % groups",
             "backward_key_kernel: h.to(tl.int32) -> h",
         ),
-        ("attention", "strided_attention", "local_global_attention", "subset_attention"),
+        ("attention", "strided_attention", "local_global_attention", "subset_attention", "attention_varlen"),
     ),
     Argument(
         "a walk that asks which head it is has the keys to itself: the group is 1; and a number of a head fits into 32 bits, and into 64",
