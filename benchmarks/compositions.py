@@ -132,7 +132,7 @@ RIPPLE = replace(
         "cuda": (Case("8k, one stage", _TOKENS, {"rows": 64, "stages": 1}),),
         "cpu": (Case("4k, three stages", {**_TOKENS, "b": 1, "m": 4096, "n": 4096}, {"rows": 64, "stages": 3}),),
     },
-    peers={"pooled by torch": _by_torch(_pooled), "pooled by torch, compiled": _by_torch(torch.compile(_pooled))},
+    peers={"pooled by torch": _by_torch(_pooled), "pooled by torch, compiled": _by_torch(torch.compile(_pooled, dynamic=False))},
 )
 
 ROWS: tuple[Mechanism, ...] = (STRIDED, RIPPLE)

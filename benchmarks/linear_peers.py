@@ -16,7 +16,7 @@ Call = Callable[..., Any]
 
 def of_linear_attention() -> dict[str, Call]:
     """Sums over all keys by einsum; fla's two ways over chunks, which a CPU has not."""
-    peers: dict[str, Call] = {"einsum": _einsum, "einsum, compiled": torch.compile(_einsum)}
+    peers: dict[str, Call] = {"einsum": _einsum, "einsum, compiled": torch.compile(_einsum, dynamic=False)}
     if importlib.util.find_spec("fla") and torch.cuda.is_available():
         peers |= {"fla chunk": _fla_linear("chunk"), "fla fused chunk": _fla_linear("fused chunk")}
     return peers
@@ -27,7 +27,7 @@ def of_performer_attention() -> dict[str, Call]:
 
 
 def of_meta_hydra_attention() -> dict[str, Call]:
-    return {"cosines": _cosines, "cosines, compiled": torch.compile(_cosines)}
+    return {"cosines": _cosines, "cosines, compiled": torch.compile(_cosines, dynamic=False)}
 
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {

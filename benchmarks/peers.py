@@ -47,6 +47,10 @@ def of_attention() -> dict[str, Call]:
     return peers
 
 
+def of_attention_varlen() -> dict[str, Call]:
+    return {"fla": _fla_varlen} if importlib.util.find_spec("fla") and torch.cuda.is_available() else {}
+
+
 def of_strided_attention() -> dict[str, Call]:
     return {"FlexAttention": flex(strided)}
 
@@ -153,6 +157,28 @@ def _fla_attention(
     if dropout_p or mask is not None or key_padding_mask is not None or not causal or query.shape[2] != key.shape[2]:
         raise NotImplementedError("causal attention of a sequence to itself, no dropout, no mask")
     return parallel_attn(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+def _fla_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    **options: Any,
+) -> Any:
+    """fla's softmax attention of packed sequences to themselves, all of what is before or a window of it."""
+    from fla.ops.attn import parallel_attn
+
+    before, after = window_size
+    if not causal or after > 0 or query.shape[0] != key.shape[0] or any(option is not None and option for option in options.values()):
+        raise NotImplementedError("causal attention of sequences to themselves, no dropout")
+    window = None if before < 0 else before + 1
+    q, k, v = (x[None] for x in (query, key, value))
+    return parallel_attn(q, k, v, window_size=window, cu_seqlens=cu_seqlens_q.long())[0]
 
 
 def _fla_norm(x: Any, residual: Any = None, weight: Any = None, bias: Any = None, *, alpha: float = 1.0, eps: float = 1e-5) -> Any:

@@ -90,6 +90,7 @@ def test_with_their_libraries_every_peer_has_its_row(library: Callable[..., None
     library("local_attention", LocalAttention=None)
     added = {row.name: set(peers.beside(row).peers) - set(row.peers) for row in CATALOG.values()}
     assert added["attention"] >= {"FA4", "fla"}
+    assert added["attention_varlen"] == {"fla"}
     assert added["linear_attention"] == {"einsum", "einsum, compiled", "fla chunk", "fla fused chunk"}
     assert added["dilated_attention"] >= {"dilated-attention-pytorch"}
     assert added["performer_attention"] == {"performer-pytorch"}
@@ -149,6 +150,27 @@ def test_flas_attention_is_causal_and_given_its_layout(library: Callable[..., No
     torch.testing.assert_close(peers._fla_attention(**tensors, **options), CATALOG["attention"].call(**tensors, **options))
     with pytest.raises(NotImplementedError, match="causal attention"):
         peers._fla_attention(**tensors)
+
+
+def test_flas_packed_attention_counts_the_query_into_its_window(library: Callable[..., None]) -> None:
+    def parallel_attn(q: Tensor, k: Tensor, v: Tensor, window_size: int | None, cu_seqlens: Tensor) -> Tensor:
+        assert cu_seqlens.dtype == torch.int64
+        places = torch.arange(q.shape[1])
+        sequence = torch.searchsorted(cu_seqlens, places, right=True)
+        apart = places[:, None] - places
+        mask = (sequence[:, None] == sequence) & (apart >= 0) & (apart < (window_size or 10**9))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+
+    library("fla.ops.attn", parallel_attn=parallel_attn)
+    row = CATALOG["attention_varlen"]
+    options = {"cu_seqlens_q": "growing", "cu_seqlens_k": "growing", "causal": True}
+    for window in ((-1, -1), (3, -1)):
+        case = Case("small", {"m": 24, "n": 24, "h": 2, "g": 2, "d": 8, "e": 8, "p": 4}, {**options, "window_size": window})
+        tensors, given = drawn(row.name, case)
+        torch.testing.assert_close(peers._fla_varlen(**tensors, **given), row.call(**tensors, **given))
+    with pytest.raises(NotImplementedError, match="causal attention of sequences"):
+        peers._fla_varlen(**tensors, causal=False)
 
 
 def test_fa4_is_given_its_layout(library: Callable[..., None]) -> None:
