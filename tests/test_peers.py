@@ -303,6 +303,7 @@ def test_dilated_attention_pytorch_is_asked_for_heads_of_each_branch(library: Ca
     dilated_peers._dilated_module.cache_clear()
 
 
+@pytest.mark.slow  # compiles
 def test_flex_attention_sees_summaries_before_the_keys() -> None:
     row, how = CATALOG["local_global_attention"], {"window": 8, "global_key": "normal", "global_value": "normal"}
     tensors, options = drawn(row.name, Case("small", {"b": 1, "h": 2, "g": 2, "m": 32, "d": 16, "e": 16, "c": 3}, how))
@@ -311,6 +312,7 @@ def test_flex_attention_sees_summaries_before_the_keys() -> None:
     torch.testing.assert_close(found, row.call(**tensors, **options), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize("row", compositions.ROWS, ids=lambda row: row.name)
 def test_a_composition_is_what_its_peers_compute(row: Any) -> None:
     small = {"b": 2, "h": 2, "g": 2, "m": 64, "n": 64, "d": 16, "e": 16, "f": 32}
